@@ -1,0 +1,343 @@
+"""networks.py: what denoises.  Raw networks F(x, c_noise, labels), and the denoiser D around them.
+
+    Denoiser   D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), for any schedule row
+    MLP        points (B, d)
+    UNet       images (B, C, H, W): the small one of train.py's default run, and DDPM++, NCSN++, ADM
+               as improved and published with EDM (Karras et al. 2022, its code's "SongUNet" and
+               "DhariwalUNet"), one class.  Parameter names and shapes are those of the published
+               networks: Denoiser(UNet(...)).load_state_dict accepts their exported weights.
+
+labels (B,) int64, -1 for "no class"; augment_labels (B, augment_dim) or None for "not augmented".
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---- Denoiser ------------------------------------------------------------------------------------
+
+class Denoiser(nn.Module):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)   (EDM eq. 7).  Needs: nothing.
+
+    model: F(x, c_noise (B,), labels, augment_labels) -> like x.  precondition: any function
+    sigma -> (c_skip, c_out, c_in, c_noise), e.g. a schedule row's.  x (B, ...), sigma 0-d or
+    (B, 1, ..., 1) -> (B, ...).  The arithmetic around F is float32, or float64 where x is,
+    whatever autocast does.
+    """
+
+    def __init__(self, model, precondition):
+        super().__init__()
+        self.model, self.precondition = model, precondition
+
+    def forward(self, x, sigma, labels=None, augment_labels=None):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        sigma = torch.as_tensor(sigma).to(x, non_blocking=True)
+        sigma = sigma.expand(len(x)).view(-1, *[1] * (x.ndim - 1)) if sigma.ndim == 0 else sigma
+        c_skip, c_out, c_in, c_noise = self.precondition(sigma)             # each (B, 1, ..., 1)
+        F_x = self.model(c_in * x, c_noise.flatten(), labels, augment_labels)
+        return c_skip * x + c_out * F_x.to(x.dtype)
+
+
+# ---- Layers --------------------------------------------------------------------------------------
+
+def sinusoids(c_noise, channels, endpoint=False):
+    """[cos(c f_k), sin(c f_k)], f_k = 10000^(-k/K) for k < K = channels/2.  (B,) -> (B, channels).
+
+    endpoint: divide by K - 1, so that the slowest frequency is 1/10000 itself.  Needs: nothing.
+    """
+    K = channels // 2
+    k = torch.arange(K, dtype=torch.float32, device=c_noise.device)
+    angle = c_noise[:, None] * 10000.0 ** (-k / (K - endpoint))             # (B, K)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def one_hot(labels, classes, like):
+    """(B,) int -> (B, classes), a row of zeros for labels outside 0..classes-1.  Needs: nothing."""
+    labels = torch.full((len(like),), -1, device=like.device) if labels is None else labels
+    return (labels[:, None] == torch.arange(classes, device=like.device)).to(like.dtype)
+
+
+class Fourier(nn.Module):
+    """[cos(2 pi c f_k), sin(2 pi c f_k)], f_k ~ N(0, 16^2) fixed.  (B,) -> (B, channels).
+
+    Needs: nothing.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * 16)
+
+    def forward(self, c_noise):
+        angle = 2 * math.pi * c_noise[:, None] * self.freqs
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """min(32, C/4) groups, or the next smaller number that divides the channels.
+
+    Needs: nothing.
+    """
+
+    def __init__(self, channels, eps):
+        groups = next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0)
+        super().__init__(groups, channels, eps)
+
+
+class Conv(nn.Module):
+    """Convolution with optional 2x resampling by a separable FIR filter ([1,1] or [1,3,3,1]).
+
+    kernel 0 resamples only.  Up-sampling filters before the convolution, down-sampling too, but for
+    `fused`, which convolves at full resolution first (NCSN++'s input residual).  Needs: nothing.
+    """
+
+    def __init__(self, cin, cout, kernel, up=False, down=False, fir=(1, 1), fused=False):
+        super().__init__()
+        self.up, self.down, self.fused = up, down, fused
+        self.weight = nn.Parameter(torch.empty(cout, cin, kernel, kernel)) if kernel else None
+        self.bias = nn.Parameter(torch.empty(cout)) if kernel else None
+        if up or down:
+            f = torch.tensor(fir, dtype=torch.float32)
+            self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2)
+
+    def forward(self, x):
+        w_pad = self.weight.shape[-1] // 2 if self.weight is not None else 0
+        if self.up or self.down:
+            f, f_pad = self.resample_filter.to(x.dtype), (self.resample_filter.shape[-1] - 1) // 2
+        if self.fused:
+            x = F.conv2d(x, self.weight, self.bias, padding=w_pad + f_pad)
+            return F.conv2d(x, f.expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
+        if self.up:
+            f = (4 * f).expand(x.shape[1], -1, -1, -1)
+            x = F.conv_transpose2d(x, f, stride=2, padding=f_pad, groups=x.shape[1])
+        if self.down:
+            f = f.expand(x.shape[1], -1, -1, -1)
+            x = F.conv2d(x, f, stride=2, padding=f_pad, groups=x.shape[1])
+        return x if self.weight is None else F.conv2d(x, self.weight, self.bias, padding=w_pad)
+
+
+class Block(nn.Module):
+    """Residual block: norm, SiLU, conv, embedding, norm, SiLU, dropout, conv, skip; attention.
+
+    adm False (DDPM++, NCSN++): the embedding is added, sums are scaled by sqrt(1/2), one head.
+    adm True: the embedding scales and shifts after norm1, sums are plain, heads of 64 channels.
+    Needs: GroupNorm, Conv.
+    """
+
+    def __init__(self, cin, cout, emb, up=False, down=False, attention=False, dropout=0.0,
+                 fir=(1, 1), adm=False):
+        super().__init__()
+        eps = 1e-5 if adm else 1e-6
+        self.cin, self.cout, self.dropout, self.adm = cin, cout, dropout, adm
+        self.scale = 1.0 if adm else math.sqrt(0.5)
+        self.heads = (max(cout // 64, 1) if adm else 1) if attention else 0
+        self.norm0 = GroupNorm(cin, eps)
+        self.conv0 = Conv(cin, cout, 3, up, down, fir)
+        self.affine = nn.Linear(emb, 2 * cout if adm else cout)
+        self.norm1 = GroupNorm(cout, eps)
+        self.conv1 = Conv(cout, cout, 3)
+        self.skip = None
+        if cin != cout or up or down:
+            self.skip = Conv(cin, cout, 0 if adm and cin == cout else 1, up, down, fir)
+        if self.heads:
+            self.norm2 = GroupNorm(cout, eps)
+            self.qkv = Conv(cout, 3 * cout, 1)
+            self.proj = Conv(cout, cout, 1)
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x)))
+        e = self.affine(emb)[:, :, None, None]
+        if self.adm:
+            scale, shift = e.chunk(2, dim=1)
+            h = F.silu(self.norm1(h) * (1 + scale) + shift)
+        else:
+            h = F.silu(self.norm1(h + e))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = self.scale * (h + (x if self.skip is None else self.skip(x)))
+        return self.scale * (x + self.attend(x)) if self.heads else x
+
+    def attend(self, x):
+        """Softmax attention over the pixels.  The published layout interleaves q, k, v channels."""
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm2(x)).reshape(B, self.heads, C // self.heads, 3, H * W)
+        q, k, v = qkv.transpose(2, 4).unbind(3)                         # (B, heads, HW, C/heads)
+        a = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(a.transpose(2, 3).reshape(B, C, H, W))
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+class MLP(nn.Module):
+    """Points: depth hidden layers of SiLU, x beside an embedding of c_noise (and label).  (B, d).
+
+    Needs: sinusoids, one_hot.
+    """
+
+    def __init__(self, dim, width=128, depth=3, classes=0):
+        super().__init__()
+        self.width, self.classes = width, classes
+        sizes = [dim + width + classes] + [width] * depth
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.out = nn.Linear(width, dim)
+        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+
+    def forward(self, x, c_noise, labels=None, augment_labels=None):
+        noise, label = sinusoids(c_noise, self.width).to(x), one_hot(labels, self.classes, x)
+        h = torch.cat([x, noise, label], dim=1)                         # (B, d + width + classes)
+        for layer in self.hidden:
+            h = F.silu(layer(h))
+        return self.out(h)
+
+
+class UNet(nn.Module):
+    """DDPM++, NCSN++ and ADM with EDM's improvements, and anything smaller: see UNETS below.
+
+    size     side of the (square) images; `size >> level` must be whole at every level, ValueError
+    width    channels at the first level, times mult[level] at each
+    attend   resolutions with attention (in the encoder in every block; in the decoder in each
+             level's last block, ADM in every one)
+    fourier  Fourier features of the noise level instead of sinusoids (NCSN++)
+    residual the input, down-sampled, is added at each level of the encoder (NCSN++)
+    adm      the ADM variant of blocks, embedding, output and initialisation
+    classes, label_dropout   class labels, and the share of them dropped in training (guidance)
+
+    Needs: Block, Conv, GroupNorm, Fourier, sinusoids, one_hot, initialise.
+    """
+
+    def __init__(self, size, channels, width=128, mult=(2, 2, 2), blocks=4, attend=(16,),
+                 dropout=0.0, classes=0, label_dropout=0.0, augment_dim=0, fourier=False,
+                 residual=False, fir=(1, 1), adm=False):
+        super().__init__()
+        if size % (1 << (len(mult) - 1)):
+            raise ValueError(f"{len(mult)} levels need a size divisible by {1 << (len(mult) - 1)}, "
+                             f"not {size}")
+        self.classes, self.label_dropout, self.adm = classes, label_dropout, adm
+        self.noise_channels, emb = width * (2 if fourier else 1), width * 4
+        if fourier:
+            self.map_noise = Fourier(self.noise_channels)
+        if augment_dim:
+            self.map_augment = nn.Linear(augment_dim, self.noise_channels, bias=False)
+        self.map_layer0 = nn.Linear(self.noise_channels, emb)
+        self.map_layer1 = nn.Linear(emb, emb)
+        if classes:
+            self.map_label = nn.Linear(classes, emb if adm else self.noise_channels, bias=not adm)
+
+        options = dict(emb=emb, dropout=dropout, fir=fir, adm=adm)
+        self.enc, skips = self.encoder(size, channels, width, mult, blocks, attend, residual,
+                                       options)
+        self.dec = self.decoder(size, width, mult, blocks, attend, skips, options)
+        if adm:
+            self.out_norm = GroupNorm(width * mult[0], 1e-5)
+            self.out_conv = Conv(width * mult[0], channels, 3)
+        else:
+            self.dec[f"{size}x{size}_aux_norm"] = GroupNorm(width * mult[0], 1e-6)
+            self.dec[f"{size}x{size}_aux_conv"] = Conv(width * mult[0], channels, 3)
+        initialise(self, adm)
+
+    @staticmethod
+    def encoder(size, channels, width, mult, blocks, attend, residual, options):
+        """-> the encoder's layers by resolution, and the channels of each skip they leave."""
+        cout, caux = width * mult[0] if options["adm"] else width, channels
+        enc, skips = nn.ModuleDict({f"{size}x{size}_conv": Conv(channels, cout, 3)}), [cout]
+        for level, m in enumerate(mult):
+            res = size >> level
+            if level > 0:
+                enc[f"{res}x{res}_down"] = Block(cout, cout, down=True, **options)
+                skips.append(cout)
+                if residual:
+                    enc[f"{res}x{res}_aux_residual"] = Conv(caux, cout, 3, down=True, fused=True,
+                                                            fir=options["fir"])
+                    caux = cout
+            for i in range(blocks):
+                cin, cout = cout, width * m
+                attention = res in attend
+                enc[f"{res}x{res}_block{i}"] = Block(cin, cout, attention=attention, **options)
+                skips.append(cout)
+        return enc, skips
+
+    @staticmethod
+    def decoder(size, width, mult, blocks, attend, skips, options):
+        """-> the decoder's layers by resolution; it takes the encoder's skips, last one first."""
+        dec, cout = nn.ModuleDict(), width * mult[-1]
+        for level, m in reversed(list(enumerate(mult))):
+            res = size >> level
+            if level == len(mult) - 1:
+                dec[f"{res}x{res}_in0"] = Block(cout, cout, attention=True, **options)
+                dec[f"{res}x{res}_in1"] = Block(cout, cout, **options)
+            else:
+                dec[f"{res}x{res}_up"] = Block(cout, cout, up=True, **options)
+            for i in range(blocks + 1):
+                cin, cout = cout + skips.pop(), width * m
+                attention = res in attend and (options["adm"] or i == blocks)
+                dec[f"{res}x{res}_block{i}"] = Block(cin, cout, attention=attention, **options)
+        return dec
+
+    def embed(self, c_noise, labels, augment_labels):
+        """c_noise, augmentation and class -> (B, 4 width)."""
+        if hasattr(self, "map_noise"):
+            e = self.map_noise(c_noise)
+        else:
+            e = sinusoids(c_noise, self.noise_channels, endpoint=not self.adm)
+        if not self.adm:
+            e = torch.cat(e.chunk(2, dim=1)[::-1], dim=1)          # published order: sin, then cos
+        if hasattr(self, "map_augment") and augment_labels is not None:
+            e = e + self.map_augment(augment_labels)
+        if self.classes:
+            label = one_hot(labels, self.classes, e)
+            if self.training and self.label_dropout:
+                label = label * (torch.rand_like(label[:, :1]) >= self.label_dropout)
+            if not self.adm:
+                e = e + self.map_label(label * math.sqrt(self.classes))
+        e = self.map_layer1(F.silu(self.map_layer0(e)))
+        return F.silu(e + self.map_label(label) if self.classes and self.adm else e)
+
+    def forward(self, x, c_noise, labels=None, augment_labels=None):
+        emb = self.embed(c_noise, labels, augment_labels)
+        skips, aux = [], x
+        for name, layer in self.enc.items():
+            if "aux_residual" in name:
+                x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
+            else:
+                x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+                skips.append(x)
+        for name, layer in self.dec.items():
+            if isinstance(layer, Block):
+                x = layer(x if layer.cin == x.shape[1] else torch.cat([x, skips.pop()], 1), emb)
+            else:
+                x = F.silu(layer(x)) if "norm" in name else layer(x)
+        return self.out_conv(F.silu(self.out_norm(x))) if self.adm else x
+
+
+def initialise(net, adm):
+    """EDM's initialisation: the last layer of every residual branch starts at (nearly) zero.
+
+    DDPM++, NCSN++: Xavier uniform, times 1e-5 in last layers and sqrt(.2) in qkv, biases 0.
+    ADM: U(+-1/sqrt(fan_in)) for weights and biases, 0 in last layers, N(0, 1) for labels.
+    Needs: GroupNorm.
+    """
+    last = ("conv1", "proj", "aux_conv", "out_conv") + (("map_augment",) if adm else ())
+    for name, layer in net.named_modules():
+        w, b = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if w is None or isinstance(layer, GroupNorm):
+            continue
+        fan_in, fan_out = w[0].numel(), w[:, 0].numel()
+        if adm:
+            bound = 0 if name.endswith(last) else fan_in ** -0.5
+            nn.init.normal_(w) if name == "map_label" else nn.init.uniform_(w, -bound, bound)
+        else:
+            gain = 1e-5 if name.endswith(last) else math.sqrt(0.2) if name.endswith("qkv") else 1
+            bound = gain * math.sqrt(6 / (fan_in + fan_out))
+            nn.init.uniform_(w, -bound, bound)
+        if b is not None:
+            nn.init.uniform_(b, -bound, bound) if adm else nn.init.zeros_(b)
+
+
+UNETS = dict(
+    unet=dict(width=32, mult=(1, 2, 2), blocks=1, attend=(4,)),
+    ddpmpp=dict(width=128, mult=(2, 2, 2), blocks=4, attend=(16,)),
+    ncsnpp=dict(width=128, mult=(2, 2, 2), blocks=4, attend=(16,), fourier=True, residual=True,
+                fir=(1, 3, 3, 1)),
+    adm=dict(width=192, mult=(1, 2, 3, 4), blocks=3, attend=(32, 16, 8), adm=True),
+)

@@ -1,0 +1,278 @@
+"""schedules.py: which noise levels.  EDM Table 1 as code, one class per column, plus DDPM.
+
+    x(t) = s(t) (x0 + sigma(t) noise)            the noisy sample at time t
+    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)      the denoiser around a raw network F
+
+Every class has the same members in the same order, so that two columns can be put through diff:
+
+    sigma(t)  sigma_inv(sigma)  dsigma(t)      noise level, its inverse, its derivative in t
+    s(t)  ds(t)                                scale and its derivative in t
+    time_steps(N)        -> (N + 1,) float64   t_0 > ... > t_{N-1} > t_N = 0, any N >= 1
+    training_sigma(u)    -> sigma              u uniform on (0, 1): inverse CDF of p_train(sigma)
+    precondition(sigma)  -> c_skip, c_out, c_in, c_noise
+    weight(sigma)        -> lambda             the row's own weight on |D - x0|^2
+
+t and sigma are tensors of any shape; u is too, so the caller owns the randomness (and may
+stratify it).  sigma is in units of the data (images in [-1, 1]); t is whatever the row calls time.
+Sampling and training rows are independent: D is a black box that any row's grid may call.
+
+Source: EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
+Models", Table 1.  Published code computes VP in float32 as sqrt(exp(.) - 1), which loses up to
+2.4 % of sigma near t = 0; here expm1 and log1p keep it exact.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+# ---- Continuous rows -----------------------------------------------------------------------------
+
+@dataclass
+class VP:
+    """Variance preserving SDE (Song et al. 2021): EDM Table 1, column 'VP'.  Needs: nothing."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    eps_s: float = 1e-3                   # smallest t in sampling
+    eps_t: float = 1e-5                   # smallest t in training
+    M: int = 1000                         # c_noise spans [0, M - 1]
+
+    def sigma(self, t):
+        return torch.expm1(self.beta_d * t ** 2 / 2 + self.beta_min * t).sqrt()
+
+    def sigma_inv(self, sigma):
+        """The root t of beta_d t^2/2 + beta_min t = ln(1 + sigma^2), without cancellation."""
+        L = torch.log1p(sigma ** 2)
+        return 2 * L / (self.beta_min + (self.beta_min ** 2 + 2 * self.beta_d * L).sqrt())
+
+    def dsigma(self, t):
+        sigma = self.sigma(t)
+        return (self.beta_d * t + self.beta_min) / 2 * (sigma + 1 / sigma)
+
+    def s(self, t):
+        return torch.exp(-(self.beta_d * t ** 2 / 2 + self.beta_min * t) / 2)
+
+    def ds(self, t):
+        return -self.s(t) * (self.beta_d * t + self.beta_min) / 2
+
+    def time_steps(self, N):
+        i = torch.arange(N, dtype=torch.float64)
+        t = 1 + i / max(N - 1, 1) * (self.eps_s - 1)
+        return torch.cat([t, t.new_zeros(1)])
+
+    def training_sigma(self, u):
+        return self.sigma(self.eps_t + u * (1 - self.eps_t))
+
+    def precondition(self, sigma):
+        c_noise = (self.M - 1) * self.sigma_inv(sigma)
+        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
+
+@dataclass
+class VE:
+    """Variance exploding SDE (Song et al. 2021): EDM Table 1, column 'VE'.  Needs: nothing.
+
+    Its last step, an Euler step in t = sigma^2, ends at (x + D)/2: half of sigma_min stays.
+    """
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def sigma(self, t):
+        return t.sqrt()
+
+    def sigma_inv(self, sigma):
+        return sigma ** 2
+
+    def dsigma(self, t):
+        return 1 / (2 * t.sqrt())
+
+    def s(self, t):
+        return torch.ones_like(t)
+
+    def ds(self, t):
+        return torch.zeros_like(t)
+
+    def time_steps(self, N):
+        i = torch.arange(N, dtype=torch.float64)
+        t = self.sigma_max ** 2 * (self.sigma_min ** 2 / self.sigma_max ** 2) ** (i / max(N - 1, 1))
+        return torch.cat([t, t.new_zeros(1)])
+
+    def training_sigma(self, u):
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
+
+    def precondition(self, sigma):
+        return torch.ones_like(sigma), sigma, torch.ones_like(sigma), (sigma / 2).log()
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
+
+@dataclass
+class EDM:
+    """EDM Table 1, column 'Ours'.  Needs: nothing.
+
+    c_in and c_out make the network's input and target unit variance, c_skip minimises c_out, and
+    weight c_out^2 = 1: at initialisation every noise level costs the same.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    sigma_data: float = 0.5
+    P_mean: float = -1.2
+    P_std: float = 1.2
+
+    def sigma(self, t):
+        return t
+
+    def sigma_inv(self, sigma):
+        return sigma
+
+    def dsigma(self, t):
+        return torch.ones_like(t)
+
+    def s(self, t):
+        return torch.ones_like(t)
+
+    def ds(self, t):
+        return torch.zeros_like(t)
+
+    def time_steps(self, N):
+        i = torch.arange(N, dtype=torch.float64)
+        a, b = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        t = (a + i / max(N - 1, 1) * (b - a)) ** self.rho
+        return torch.cat([t, t.new_zeros(1)])
+
+    def training_sigma(self, u):
+        return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()
+
+    def precondition(self, sigma):
+        total = sigma ** 2 + self.sigma_data ** 2
+        c_out = sigma * self.sigma_data / total.sqrt()
+        return self.sigma_data ** 2 / total, c_out, 1 / total.sqrt(), sigma.log() / 4
+
+    def weight(self, sigma):
+        return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
+
+
+# ---- Discrete rows -------------------------------------------------------------------------------
+# A ladder of noise levels is all there is of them: sigma(t) = t, s(t) = 1, and time_steps respaces
+# the ladder, that is, picks N of its levels.
+
+@dataclass
+class IDDPM:
+    """Improved DDPM (Nichol & Dhariwal 2021): EDM Table 1, column 'iDDPM'.  Needs: nothing.
+
+    u_0 = 20291 > ... > u_8 = 80.2 > ... > u_{M-1} = .0064 > u_M = 0; j0 = 8 drops the levels that
+    no data needs.  At most M - j0 steps: more would repeat a level (ValueError).
+    """
+
+    C1: float = 0.001
+    C2: float = 0.008
+    M: int = 1000
+    j0: int = 8
+
+    def __post_init__(self):
+        """u_{j-1} = sqrt((u_j^2 + 1)/max(ab_{j-1}/ab_j, C1) - 1), ab_j = sin^2(pi/2 j/(M(C2+1)))"""
+        alpha_bar = [math.sin(math.pi / 2 * j / (self.M * (self.C2 + 1))) ** 2
+                     for j in range(self.M + 1)]
+        u = [0.0]
+        for j in range(self.M, 0, -1):
+            ratio = max(alpha_bar[j - 1] / alpha_bar[j], self.C1)
+            u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
+        self.levels = torch.tensor(u[:0:-1], dtype=torch.float64)           # (M,) u_0 ... u_{M-1}
+
+    def sigma(self, t):
+        return t
+
+    def sigma_inv(self, sigma):
+        return sigma
+
+    def dsigma(self, t):
+        return torch.ones_like(t)
+
+    def s(self, t):
+        return torch.ones_like(t)
+
+    def ds(self, t):
+        return torch.zeros_like(t)
+
+    def time_steps(self, N):
+        if N > self.M - self.j0:
+            raise ValueError(f"iDDPM has {self.M - self.j0} levels to step on, not {N}")
+        i = torch.arange(N, dtype=torch.float64)
+        j = (self.j0 + (self.M - 1 - self.j0) * i / max(N - 1, 1) + 0.5).floor().long()
+        return torch.cat([self.levels[j], torch.zeros(1, dtype=torch.float64)])
+
+    def training_sigma(self, u):
+        j = (u * self.M).long().clamp(max=self.M - 1)
+        return self.levels.to(u, non_blocking=True)[j]
+
+    def precondition(self, sigma):
+        levels = self.levels.to(sigma, non_blocking=True)
+        c_noise = self.M - 1 - (levels - sigma.unsqueeze(-1)).abs().argmin(-1).to(sigma)
+        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
+
+@dataclass
+class DDPM:
+    """DDPM (Ho et al. 2020), the ladder of SA-K, Debias and Analytic-DPM.  Needs: nothing.
+
+    beta_t linear, alpha_bar_t = prod (1 - beta), sigma_t = sqrt((1 - alpha_bar_t)/alpha_bar_t) for
+    t = 1 ... T: .0100 ... 157.  At most T steps: more would repeat a level (ValueError).
+    """
+
+    beta_1: float = 1e-4
+    beta_T: float = 0.02
+    T: int = 1000
+
+    def __post_init__(self):
+        beta = torch.linspace(self.beta_1, self.beta_T, self.T, dtype=torch.float64)
+        log_alpha_bar = torch.log1p(-beta).cumsum(0)
+        self.levels = torch.expm1(-log_alpha_bar).sqrt()                # (T,) sigma_1 ... sigma_T
+
+    def sigma(self, t):
+        return t
+
+    def sigma_inv(self, sigma):
+        return sigma
+
+    def dsigma(self, t):
+        return torch.ones_like(t)
+
+    def s(self, t):
+        return torch.ones_like(t)
+
+    def ds(self, t):
+        return torch.zeros_like(t)
+
+    def time_steps(self, N):
+        if N > self.T:
+            raise ValueError(f"DDPM has {self.T} levels to step on, not {N}")
+        i = torch.arange(N, dtype=torch.float64)
+        t = (self.T + i / max(N - 1, 1) * (1 - self.T)).round().long()
+        return torch.cat([self.levels[t - 1], torch.zeros(1, dtype=torch.float64)])
+
+    def training_sigma(self, u):
+        t = 1 + (u * self.T).long().clamp(max=self.T - 1)
+        return self.levels.to(u, non_blocking=True)[t - 1]
+
+    def precondition(self, sigma):
+        levels = self.levels.to(sigma, non_blocking=True)
+        c_noise = 1 + (levels - sigma.unsqueeze(-1)).abs().argmin(-1).to(sigma)
+        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
+
+SCHEDULES = dict(vp=VP, ve=VE, iddpm=IDDPM, edm=EDM, ddpm=DDPM)

@@ -1,0 +1,186 @@
+"""benchmark.py: what things cost, as ratios within one run.  A script, not a test.
+
+    python tests/benchmark.py [--quick] [--json FILE]
+
+"other" is the published form of the stable target, which broadcasts (B, n, d), or plain DSM.  Every
+time is a median of runs taken in turn with those of its rival, so that load on the machine falls on
+both.  Memory is what a fresh process peaks at above what it holds with its inputs made.  Errors are
+relative, in norm, the largest of the batch, against float64 row by row.
+The full run needs about 7 GiB of free memory.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import losses
+import networks
+import schedules
+
+
+def broadcast_target(x, sigma, reference):
+    """The published form: STF eq. 5 with every difference x - y_k kept; x's precision."""
+    diff = x.flatten(1)[:, None] - reference.flatten(1)[None]                     # (B, n, d)
+    w = (-(diff ** 2).sum(2) / (2 * sigma.flatten(1) ** 2)).softmax(1)            # (B, n)
+    return (w[..., None] * reference.flatten(1)[None]).sum(1).view_as(x)
+
+
+def float32_product_target(x, sigma, reference):
+    """The matrix product of losses.stf_target with its precision left at float32."""
+    y = reference.flatten(1)
+    logits = (x.flatten(1) @ y.T - (y ** 2).sum(1) / 2) / sigma.flatten(1) ** 2
+    return (logits.softmax(1) @ y).view_as(x)
+
+
+def exact_target(x, sigma, reference):
+    """One row after the other, in float64."""
+    rows = []
+    for x_i, sigma_i in zip(x.double(), sigma.double().flatten()):
+        square = torch.stack([((x_i - y.double()) ** 2).sum() for y in reference])
+        w = (-square / (2 * sigma_i ** 2)).softmax(0)
+        rows.append(sum(w_k * y.double() for w_k, y in zip(w, reference) if w_k > 0))
+    return torch.stack(rows)
+
+
+TARGETS = dict(ours=losses.stf_target, broadcast=broadcast_target)
+
+
+def images(n, side, seed):
+    """Smooth 8-bit images in [-1, 1]: (n, 3, side, side)."""
+    coarse = torch.randn(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    smooth = F.interpolate(coarse, size=side, mode="bicubic").tanh()
+    return ((smooth + 1) * 127.5).round() / 127.5 - 1
+
+
+def problem(B, n, side=32):
+    """x, sigma log-uniform on [.002, 80], reference."""
+    reference = images(n, side, seed=0)
+    sigma = (0.002 * 40000 ** torch.linspace(0, 1, B)).view(B, 1, 1, 1)
+    noise = torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(1))
+    return reference[:B] + sigma * noise, sigma, reference
+
+
+def near_duplicates(sigma, n, side=32):
+    """The same for one image and n - 1 more at distance sigma from it."""
+    base, generator = images(1, side, seed=2), torch.Generator().manual_seed(3)
+    away = torch.randn(n - 1, 3, side, side, generator=generator)
+    away = away / away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x = base + sigma * torch.randn(1, 3, side, side, generator=generator)
+    return x, torch.full((1, 1, 1, 1), sigma), torch.cat([base, base + sigma * away])
+
+
+def error(target, inputs, exact):
+    difference = (target(*inputs).double() - exact).flatten(1).norm(dim=1)
+    return (difference / exact.flatten(1).norm(dim=1)).max().item()
+
+
+def median_times(repeats, *functions):
+    """Seconds, after one run of each to warm up; the runs interleaved."""
+    times = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, taken in zip(functions, times):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in times]
+
+
+def peak_kib():
+    """The process's peak resident set (macOS counts in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 1024 if sys.platform == "darwin" else peak
+
+
+def memory_worker(name, B, n):
+    """Run in a fresh process: prints the MiB that one target adds to the peak.
+
+    The inputs are filled in place: a temporary of theirs would raise the peak beforehand, and hide
+    as much of the target's own.
+    """
+    reference = torch.empty(n, 3, 32, 32).normal_()
+    x, sigma = torch.empty(B, 3, 32, 32).normal_(), torch.ones(B, 1, 1, 1)
+    TARGETS[name](x[:2], sigma[:2], reference[:8])                    # libraries' own buffers
+    before = peak_kib()
+    TARGETS[name](x, sigma, reference)
+    grown = (peak_kib() - before) / 1024
+    if grown <= 0:
+        raise SystemExit("the peak did not grow: something before the measurement was larger")
+    print(grown)
+
+
+def peak_memory(name, B, n):
+    command = [sys.executable, __file__, "--memory", name, str(B), str(n)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def stf_target_rows(quick):
+    B, n, repeats = (16, 512, 3) if quick else (64, 4096, 3)
+    size = f"B {B}, n {n}, d 3072"
+    yield f"stf_target, peak MiB, {size}", *(peak_memory(name, B, n) for name in TARGETS)
+    inputs = problem(B, n)
+    times = median_times(repeats, *(lambda f=f: f(*inputs) for f in TARGETS.values()))
+    yield f"stf_target, seconds, {size}", *times
+    inputs = problem(16, 512)
+    exact = exact_target(*inputs)
+    yield "stf_target, error", *(error(f, inputs, exact) for f in TARGETS.values())
+    for sigma in (0.002, 1.0):
+        inputs = near_duplicates(sigma, 64)
+        exact = exact_target(*inputs)
+        mine, theirs = (error(f, inputs, exact) for f in TARGETS.values())
+        product = error(float32_product_target, inputs, exact)
+        yield f"stf_target, error, near-duplicates at sigma {sigma}", mine, theirs
+        yield "    against the product form in float32", mine, product
+
+
+def stf_loss_rows(quick):
+    """A training step's forward and backward pass on the default network, STF against DSM."""
+    B, n, repeats = (16, 512, 3) if quick else (64, 4096, 5)
+    row = schedules.EDM()
+    net = networks.Denoiser(networks.UNet(16, 3, **networks.UNETS["unet"]), row.precondition)
+    _, _, reference = problem(B, n, side=16)
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(B, 3, 16, 16, generator=generator)
+    sigma = row.training_sigma(torch.rand(B, 1, 1, 1, generator=generator))
+
+    def step(loss, *rest):
+        loss(net, reference[:B], noise, sigma, row.weight, *rest).mean().backward()
+
+    dsm, stf = median_times(repeats, lambda: step(losses.dsm_loss),
+                            lambda: step(losses.stf_loss, reference))
+    yield f"stf_loss step (other: dsm_loss), seconds, B {B}, n {n}, d 768", stf, dsm
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute")
+    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.memory:
+        name, B, n = options.memory
+        return memory_worker(name, int(B), int(n))
+
+    machine = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)
+    rows = []
+    for part in (stf_target_rows, stf_loss_rows):
+        for what, mine, other in part(options.quick):
+            ratio = other / mine if mine else float("inf")
+            rows.append(dict(what=what, this_repo=mine, other=other, ratio=ratio))
+            print(f"{what:64} {mine:10.3g} {other:10.3g} {ratio:8.3g}", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()

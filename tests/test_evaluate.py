@@ -1,0 +1,164 @@
+"""evaluate.py: distances, pictures, and samples that do not depend on their company."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from schedules import EDM, VP, SCHEDULES
+
+
+# ---- Frechet distance ----------------------------------------------------------------------------
+
+def gaussian(d, rank, seed):
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((d, rank))
+    return rng.standard_normal(d), A @ A.T / rank
+
+
+def test_frechet_equals_the_textbook_formula():
+    """Tr (C1 C2)^{1/2} = sum of the square roots of the (real, positive) eigenvalues of C1 C2."""
+    (m1, c1), (m2, c2) = gaussian(6, 12, 0), gaussian(6, 12, 1)
+    root = np.sqrt(np.linalg.eigvals(c1 @ c2).astype(complex)).sum().real
+    textbook = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * root
+    assert evaluate.frechet_distance(m1, c1, m2, c2) == pytest.approx(textbook, rel=1e-10)
+
+
+def test_frechet_of_commuting_covariances_is_a_difference_of_deviations():
+    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 0.0, 1.0])
+    zero = np.zeros(3)
+    assert evaluate.frechet_distance(zero, np.diag(a), zero, np.diag(b)) == pytest.approx(
+        ((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
+
+
+def test_frechet_is_zero_with_itself_symmetric_and_finite_when_singular():
+    (m1, c1), (m2, c2) = gaussian(8, 3, 0), gaussian(8, 2, 1)
+    assert evaluate.frechet_distance(m1, c1, m1, c1) == pytest.approx(0, abs=1e-6)
+    forth, back = evaluate.frechet_distance(m1, c1, m2, c2), evaluate.frechet_distance(m2, c2, m1, c1)
+    assert np.isfinite(forth) and forth == pytest.approx(back, rel=1e-6)
+
+
+def test_moments_are_those_of_the_rows():
+    x = np.random.default_rng(0).standard_normal((50, 3))
+    mean, cov = evaluate.moments(x)
+    assert np.allclose(mean, x.mean(0))
+    assert np.allclose(cov, (x - mean).T @ (x - mean) / 49)
+
+
+def test_pixel_features_are_the_pixels_averaged_to_at_most_16():
+    x = torch.randn(2, 3, 32, 32)
+    assert evaluate.pixel_features(x).shape == (2, 3 * 256)
+    assert np.allclose(evaluate.pixel_features(x)[0, 0], x[0, 0, :2, :2].mean())
+    assert np.allclose(evaluate.pixel_features(x[..., :8, :8]), x[..., :8, :8].flatten(1))
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+def test_grid_shows_every_image_unchanged(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
+    grid = np.asarray(evaluate.tile(x))                             # 2 rows of 3, zoomed by 4
+    assert grid.shape == (2 * 64, 3 * 64, 3)
+    assert (grid[64:128:4, 128:192:4].transpose(2, 0, 1) == x[5]).all()
+    evaluate.save_pictures(tmp_path / "two.png", [("left", x), ("right, gray", x[:, :1])])
+    assert Image.open(tmp_path / "two.png").size[0] > 2 * 192
+    assert [p.name for p in tmp_path.iterdir()] == ["two.png"]
+
+
+def test_to_uint8_maps_the_interval_and_clips():
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5)
+    assert evaluate.to_uint8(x).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A class-conditional run of a few steps on 8x8 noise."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    np.savez(folder / "images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
+             labels=np.arange(40) % 2)
+    assert train.main(["--data", str(folder / "images.npz"), "--cond", "--width", "8", "--mult",
+                       "1,1", "--blocks", "1", "--batch", "8", "--steps", "5", "--warmup", "0",
+                       "--sample-steps", "1", "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def draw(run, *argv):
+    out = run / "out.npz"
+    assert evaluate.main(["sample", str(run), "--out", str(out), *argv]) == 0
+    return np.load(out)["images"]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler", "edm-stochastic"])
+def test_sample_i_is_the_same_in_any_batch(run, sampler, capsys):
+    argv = ["--sampler", sampler, "--steps", "4", "--num", "7", "--churn", "2"]
+    whole = draw(run, *argv).astype(int)
+    assert whole.shape == (7, 3, 8, 8) and whole.std() > 1
+    assert abs(whole - draw(run, *argv, "--batch", "2")).max() <= 1      # rounding at most
+    later = draw(run, *argv[:-4], "--num", "5", "--churn", "2", "--seed", "2")
+    assert abs(whole[2:3] - later[:1]).max() <= 1                        # seed 2, class 0, both
+    assert abs(whole[0] - whole[2]).max() > 1
+
+
+def test_class_is_a_name_or_a_number_and_matters(run, capsys):
+    zero, one = (draw(run, "--class", k, "--num", "2", "--steps", "2") for k in "01")
+    both = draw(run, "--num", "2", "--steps", "2")
+    assert abs(both[0].astype(int) - zero[0]).max() <= 1
+    assert abs(both[1].astype(int) - one[1]).max() <= 1
+
+
+def test_sample_saves_a_labelled_grid_in_the_run(run, capsys):
+    assert evaluate.main(["sample", str(run), "--num", "4", "--steps", "1"]) == 0
+    path = capsys.readouterr().out.split()[-1]
+    assert Path(path).parent == run and Image.open(path).mode == "RGB"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_generate_starts_from_the_schedules_own_noise(schedule):
+    """With D = 0 (all data at 0), x at t_0 is s sigma noise, whatever the row."""
+    seen = []
+
+    def denoise(x, sigma, labels=None):
+        seen.append((x.std().item(), float(sigma)))
+        return torch.zeros_like(x)
+    row = SCHEDULES[schedule]()
+    x = evaluate.generate(denoise, range(2000), (2,), "heun", row, 10, batch=2000)
+    assert seen[0][0] == pytest.approx(seen[0][1], rel=0.05)             # D sees x/s
+    assert x.std() < 0.05 * seen[0][1]
+
+
+@pytest.mark.parametrize("argv", [
+    ["sample", "nowhere"], ["sample"], ["draw"], ["sample", "RUN", "--steps", "0"],
+    ["sample", "RUN", "--class", "cat"], ["sample", "RUN", "--sampler", "magic"],
+    ["sample", "RUN", "--num", "-3"], ["sample", "RUN", "--out", "no/such/folder/x.png"],
+    ["sample", "RUN", "--device", "abacus"], ["sample", "RUN", "--batch", "0"],
+    ["sample", "RUN", "--churn", "-1"], ["sample", "RUN", "--seed", "x"]])
+def test_bad_input_is_one_sentence(argv, run, capsys):
+    assert evaluate.main([str(run) if a == "RUN" else a for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("evaluate.py: ") and error.count("\n") == 1 and len(error) > 30
+
+
+def test_too_many_steps_of_a_ladder_are_refused_with_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", "checkerboard", "--schedule", "ddpm", "--width", "8", "--steps",
+                       "1", "--sample-steps", "1", "--out", "run"]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["sample", "run", "--steps", "1001"]) == 2
+    assert "1000 levels" in capsys.readouterr().err
+
+
+def test_hostile_checkpoint_is_not_unpickled(tmp_path, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "owned",)
+    (tmp_path / "run").mkdir()
+    torch.save({"options": Hostile()}, tmp_path / "run" / "checkpoint-0000001.pt")
+    assert evaluate.main(["sample", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "owned").exists()
+    assert capsys.readouterr().err.count("\n") == 1
