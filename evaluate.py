@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from networks import MLP, UNETS, Denoiser, UNet
 from samplers import edm_stochastic, euler, heun, seeded_noise
-from schedules import SCHEDULES
+from schedules import EDM, SCHEDULES
 
 IN_MEMORY_BYTES = 4 << 30        # a larger set is decoded once, into a memory-mapped cache file
 MEMBER_BYTES = 256 << 20         # no single image or CIFAR batch is larger; a zip bomb is
@@ -512,17 +512,17 @@ def digits(n=10_000, seed=0):
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n, dtype=np.int64) % 10)
-    fonts = {size: ImageFont.load_default(size=size) for size in range(46, 56)}
+    fonts = {size: ImageFont.load_default(size=size) for size in range(50, 56)}
     ink = np.empty((n, 1, 16, 16), np.float32)
     for i, digit in enumerate(labels):
         page = Image.new("L", (72, 72))
         ImageDraw.Draw(page).text((36, 36), str(digit), fill=255, anchor="mm",
-                                  font=fonts[int(rng.integers(46, 56))],
-                                  stroke_width=int(rng.integers(0, 3)))
-        page = page.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
+                                  font=fonts[int(rng.integers(50, 56))],
+                                  stroke_width=int(rng.integers(1, 3)))
+        page = page.rotate(rng.uniform(-5, 5), Image.Resampling.BILINEAR)
         left, top, right, bottom = page.getbbox()  # at most 48x48: the whole digit fits
-        dx = rng.uniform(-1, 1) * min(6, (48 - right + left) / 2)
-        dy = rng.uniform(-1, 1) * min(6, (48 - bottom + top) / 2)
+        dx = rng.uniform(-1, 1) * min(2, (48 - right + left) / 2)
+        dy = rng.uniform(-1, 1) * min(2, (48 - bottom + top) / 2)
         x, y = round((left + right) / 2 - 24 + dx), round((top + bottom) / 2 - 24 + dy)
         ink[i, 0] = np.asarray(page.crop((x, y, x + 48, y + 48)).reduce(3), np.float32) / 255
     hue = rng.uniform(0, 1, (n, 1)) + np.arange(3) / 3
@@ -565,9 +565,9 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().numpy() if x.ndim == 4 else x.numpy()
 
 
-def tile(x, cell=64):
+def tile(x, columns=None, cell=64):
     """Images (n, C, H, W) uint8 -> one PIL image, nearly square, pixels enlarged to show."""
-    columns = math.ceil(math.sqrt(len(x)))
+    columns = columns or math.ceil(math.sqrt(len(x)))
     rows, zoom = math.ceil(len(x) / columns), max(1, cell // x.shape[-1])
     page = np.zeros((rows * columns, *x.shape[1:]), np.uint8)
     page[:len(x)] = x
@@ -585,19 +585,26 @@ def scatter(x, half_width=1.5, pixels=400):
     return Image.fromarray(page)
 
 
-def save_pictures(path, panels):
-    """One PNG of captioned panels side by side: [(caption, images or points), ...]."""
-    parts = [(text, (scatter if x.ndim == 2 else tile)(x).convert("RGB")) for text, x in panels]
+def save_pictures(path, panels, names=()):
+    """One PNG of captioned panels side by side: [(caption, images or points), ...].
+
+    names: one for each row of images, as of its class; a panel then has len(names) equal rows.
+    """
+    parts = [(text, scatter(x) if x.ndim == 2 else tile(x, len(x) // len(names) if names else None))
+             for text, x in panels]
     gap, top, font = 16, 28, ImageFont.load_default(size=16)
+    left = gap + max((math.ceil(font.getlength(name)) + gap for name in names), default=0)
     width = [max(image.width, math.ceil(font.getlength(text))) for text, image in parts]
-    page = Image.new("RGB", (sum(width) + gap * (len(parts) + 1),
-                             top + gap + max(image.height for _, image in parts)), "white")
-    x = gap
+    height = max(image.height for _, image in parts)
+    page = Image.new("RGB", (left + sum(width) + gap * len(parts), top + height + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for i, name in enumerate(names):
+        pen.text((gap, top + height * (i + 0.5) / len(names)), name, "black", font, anchor="lm")
     for (text, image), w in zip(parts, width):
-        ImageDraw.Draw(page).text((x, 5), text, fill="black", font=font)
-        page.paste(image, (x, top))
-        x += w + gap
-    page.save(f"{path}.part", format="PNG")
+        pen.text((left, 5), text, "black", font)
+        page.paste(image.convert("RGB"), (left, top))
+        left += w + gap
+    page.save(f"{path}.part", format="PNG", optimize=True)
     os.replace(f"{path}.part", path)
 
 
@@ -659,11 +666,13 @@ def checkpoints(run):
     return sorted(str(p) for p in Path(run).glob("checkpoint-*.pt"))
 
 
-def read_options(run):
-    """The options a run was started with."""
-    cure = "name a folder that train.py made"
-    return attempt(f"{run}/options.json", cure, lambda: json.loads(
-        Path(run, "options.json").read_text()))
+def read_options(run, needed=()):
+    """The options a run was started with; each of `needed` must be among them."""
+    def read():
+        options = json.loads(Path(run, "options.json").read_text())
+        [options[name] for name in needed]
+        return options
+    return attempt(f"{run}/options.json", "name a folder that train.py made", read)
 
 
 def write_json(path, value):
@@ -700,13 +709,19 @@ def build_denoiser(options):
     else:
         given = {key: options[key] for key in ("width", "blocks") if options[key]}
         if options["mult"]:
-            given["mult"] = attempt(f"--mult {options['mult']}", "write it as 1,2,2", lambda: tuple(
-                int(m) for m in options["mult"].split(",")))
+            given["mult"] = tuple(int(m) for m in options["mult"].split(","))
         given = UNETS[options["arch"]] | given
         model = attempt("the options", "choose another --size, --arch or --mult", lambda: UNet(
             size[0], channels, dropout=options["dropout"], classes=classes,
             label_dropout=options["label-dropout"], **given))
-    return Denoiser(model, SCHEDULES[options["schedule"]]().precondition)
+    return Denoiser(model, build_schedule(options).precondition)
+
+
+def build_schedule(options):
+    """The schedule row of a run."""
+    if options["schedule"] == "edm":
+        return EDM(P_mean=options["P-mean"], P_std=options["P-std"])
+    return SCHEDULES[options["schedule"]]()
 
 
 def load_run(run, device="cpu", weights="ema"):
@@ -804,16 +819,17 @@ def sample(args):
     """evaluate.py sample: draws samples of a run and saves them."""
     device = pick_device(args.device)
     denoiser, options, step = load_run(args.run, device, args.weights)
-    schedule, classes = SCHEDULES[options["schedule"]](), options["classes"]
+    schedule, classes = build_schedule(options), options["classes"]
     attempt(f"--steps {args.steps}", "choose fewer", schedule.time_steps, args.steps)
-    labels = torch.arange(args.num) % len(classes) if classes else None
+    labels = None
     if args.label is not None:
-        numbers = [str(k) for k in range(len(classes))]
-        if args.label not in classes + numbers:
+        names = classes if args.label in classes else [str(k) for k in range(len(classes))]
+        if args.label not in names:
             raise BadInput(f"--class {args.label}: the run's classes are "
                            f"{', '.join(classes) or 'none; leave the option out'}")
-        names = classes if args.label in classes else numbers
         labels = torch.full((args.num,), names.index(args.label))
+    elif classes:
+        labels = torch.arange(args.num) % len(classes)
     suffix = "" if args.label is None else f"-{args.label}"
     out = args.out or f"{args.run}/{args.sampler}-{args.steps}{suffix}.png"
     attempt(out, "choose another --out", lambda: open(f"{out}.part", "wb").close())
@@ -827,7 +843,9 @@ def sample(args):
             np.savez(file, images=x, **({} if labels is None else {"labels": labels.numpy()}))
         os.replace(f"{out}.part", out)
     else:
-        save_pictures(out, [(f"{args.sampler}, {args.steps} steps", x)])
+        rows = classes if args.label is None and classes and args.num % len(classes) == 0 else ()
+        x = x[np.argsort(labels.numpy(), kind="stable")] if rows else x       # a row for each class
+        save_pictures(out, [(f"{args.sampler}, {args.steps} steps", x)], rows)
     print(f"{args.num} samples of {args.run} at step {step}, {args.weights} weights, "
           f"{args.sampler}, {args.steps} steps, {time.time() - start:.1f} s\n{out}")
 

@@ -13,7 +13,8 @@ Every class has the same members in the same order, so that two columns can be p
     weight(sigma)        -> lambda             the row's own weight on |D - x0|^2
 
 t and sigma are tensors of any shape; u is too, so the caller owns the randomness (and may
-stratify it).  sigma is in units of the data (images in [-1, 1]); t is whatever the row calls time.
+stratify it), but for the ends 0 and 1, where a log-normal sigma is 0 and infinite.  sigma is in
+units of the data (images in [-1, 1]); t is whatever the row calls time.
 Sampling and training rows are independent: D is a black box that any row's grid may call.
 
 Source: EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
@@ -211,7 +212,7 @@ class IDDPM:
         return torch.cat([self.levels[j], torch.zeros(1, dtype=torch.float64)])
 
     def training_sigma(self, u):
-        j = (u * self.M).long().clamp(max=self.M - 1)
+        j = self.M - 1 - (u * self.M).long().clamp(max=self.M - 1)
         return self.levels.to(u, non_blocking=True)[j]
 
     def precondition(self, sigma):

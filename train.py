@@ -13,6 +13,7 @@ is killed and resumed is the run that was not, and two losses can be compared on
 import copy
 import json
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -29,6 +30,13 @@ from schedules import SCHEDULES
 
 # ---- Options -------------------------------------------------------------------------------------
 
+def multipliers(text):
+    """A type for argparse: whole numbers above 0, separated by commas."""
+    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text):
+        raise ValueError(text)
+    return text
+
+
 COUNT, INDEX, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
 
 OPTIONS = {   # name: (type or choices, default or defaults for (digits, points, images), help)
@@ -39,19 +47,23 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "cond": (bool, False, "class-conditional"),
     "xflip": (bool, False, "mirror every other image at random"),
     "loss": (["stf", "dsm"], "stf", "objective"),
-    "ref-batch": (COUNT, (4096, 1024, 4096), "size n of STF's reference, the batch included"),
+    "ref-batch": (COUNT, (2048, 1024, 4096), "size n of STF's reference, the batch included"),
     "schedule": (list(SCHEDULES), "edm", "noise levels and preconditioning"),
+    "P-mean": (number(float, -10, 10), (-0.5, -1.2, -1.2), "edm trains on ln sigma ~ N(P_mean, "
+               "P_std^2); digits: more noise, where their shapes are decided"),
+    "P-std": (number(float, 0, 10), (1.0, 1.2, 1.2), "see P-mean"),
     "arch": (["mlp", *UNETS], ("unet", "mlp", "ddpmpp"), "network"),
     "width": (COUNT, (None, 128, None), "channels at the first level; none: the arch's own"),
-    "mult": (str, None, "width multiplier of each level, as in 1,2,2; none: the arch's own"),
+    "mult": (multipliers, None, "width multipliers of the levels, as in 1,2,2; none: the arch's"),
     "blocks": (COUNT, None, "blocks per level; none: the arch's own"),
     "dropout": (SHARE, 0.0, "of the network's activations"),
     "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
-    "steps": (COUNT, (400, 3000, 100_000), "training steps"),
-    "batch": (COUNT, (64, 256, 128), "images per step"),
-    "lr": (number(float, 0), (2e-3, 1e-3, 1e-3), "learning rate of AdamW"),
-    "warmup": (INDEX, (20, 100, 5000), "steps over which the rate rises from 0"),
+    "steps": (COUNT, (700, 3000, 100_000), "training steps"),
+    "batch": (COUNT, (16, 256, 128), "images per step"),
+    "lr": (number(float, 0), (4e-3, 1e-3, 1e-3), "learning rate of AdamW"),
+    "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises from 0"),
     "decay": (SHARE, (0.7, 0.5, 0.0), "last share of the steps, over which the rate falls to 0"),
+    "beta2": (SHARE, (0.99, 0.999, 0.999), "AdamW's memory of squared gradients"),
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
     "clip": (number(float, 0), 1.0, "limit on the gradient's norm"),
     "ema": (COUNT, (2000, 20_000, 500_000), "half-life of the weight average, in images"),
@@ -109,16 +121,16 @@ def resolve(given, data):
     return options
 
 
-def resume(given, data, run):
+def resume(given, stored, data, run):
     """The options of the run that goes on; what was given may differ from them in little."""
-    options = evaluate.read_options(run)
-    differ = [f"--{name} {value} (was {options[name]})" for name, value in given.items()
-              if value is not None and name not in MAY_CHANGE | {"out"} and value != options[name]]
+    differ = [f"--{name} {value} (was {stored[name]})" for name, value in given.items()
+              if value is not None and name not in MAY_CHANGE | {"out"} and value != stored[name]]
     if differ:
-        raise BadInput(f"--resume {run}: cannot change " + ", ".join(differ))
-    if data.fingerprint != options["fingerprint"]:
-        raise BadInput(f"--resume {run}: {data.source} is not what the run was trained on")
-    options |= {name: given[name] for name in MAY_CHANGE if given[name] is not None}
+        raise BadInput(f"--resume {run}: cannot change {', '.join(differ)}; start a new run")
+    if data.fingerprint != stored["fingerprint"]:
+        raise BadInput(f"--resume {run}: the run was trained on other data than {data.source}; "
+                       "give it back what it had, or start a new run")
+    options = stored | {name: given[name] for name in MAY_CHANGE if given[name] is not None}
     return options | {"device": evaluate.pick_device(options["device"])}
 
 
@@ -166,12 +178,13 @@ def draw_batch(pixels, labels, options, schedule, step):
 def train(options, data, run, state, denoiser, ema):
     """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder."""
     device, B = options["device"], options["batch"]
-    schedule = SCHEDULES[options["schedule"]]()
+    schedule = evaluate.build_schedule(options)
     pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
     labels = None if labels is None else torch.from_numpy(labels)
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), weight_decay=options["weight-decay"])
+    optimizer = torch.optim.AdamW(denoiser.parameters(), betas=(0.9, options["beta2"]), fused=True,
+                                  weight_decay=options["weight-decay"])
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     log = Log(run, state["step"], options)
@@ -236,16 +249,17 @@ def save_checkpoint(run, step, denoiser, ema, optimizer, options):
         os.remove(old)
 
 
-def save_samples(run, step, denoiser, ema, options, count=64):
-    """One picture of the same `count` samples from the raw and the averaged weights."""
-    labels = torch.arange(count) % len(options["classes"]) if options["cond"] else None
+def save_samples(run, step, denoiser, ema, options):
+    """One picture of the same samples from the raw and the averaged weights, classes in rows."""
+    names = options["classes"][:10]
+    labels = torch.arange(len(names)).repeat_interleave(8) if names else None
     panels = []
     for name, model in [("raw weights", denoiser), ("averaged weights (EMA)", ema)]:
-        x = evaluate.generate(model.eval(), range(count), options["shape"], "heun",
-                              SCHEDULES[options["schedule"]](), options["sample-steps"], labels,
-                              device=options["device"])
+        x = evaluate.generate(model.eval(), range(len(labels) if names else 64), options["shape"],
+                              "heun", evaluate.build_schedule(options), options["sample-steps"],
+                              labels, device=options["device"])
         panels.append((f"step {step}, {name}", evaluate.to_uint8(x)))
-    evaluate.save_pictures(os.path.join(run, f"samples-{step:07d}.png"), panels)
+    evaluate.save_pictures(os.path.join(run, f"samples-{step:07d}.png"), panels, names)
 
 
 class Log:
@@ -299,7 +313,7 @@ def noise_table(options, data, ema, count=256):
     Both score the same D, against x0 and against its posterior mean given the reference.  The
     difference is the variance of DSM's target: noise that no network can learn, and where STF acts.
     """
-    schedule, device = SCHEDULES[options["schedule"]](), options["device"]
+    schedule, device = evaluate.build_schedule(options), options["device"]
     g = torch.Generator().manual_seed(options["seed"])
     rows = torch.randperm(len(data.x), generator=g)[:max(options["ref-batch"], count)]
     reference = fetch(torch.from_numpy(data.x), rows, None, device)
@@ -319,7 +333,7 @@ def noise_table(options, data, ema, count=256):
     return table
 
 
-def report(options, data, run, ema, seconds, count=256):
+def report(options, data, run, ema, seconds, count=128):
     """What a person wants to know at the end, on the terminal and as the log's last line."""
     table = noise_table(options, data, ema.eval())
     g = torch.Generator().manual_seed(options["seed"])
@@ -327,7 +341,7 @@ def report(options, data, run, ema, seconds, count=256):
     count = min(count, len(rows) // 2)
     labels = torch.arange(count) % len(options["classes"]) if options["cond"] else None
     fake = evaluate.generate(ema, range(count), options["shape"], "heun",
-                             SCHEDULES[options["schedule"]](), options["sample-steps"], labels,
+                             evaluate.build_schedule(options), options["sample-steps"], labels,
                              device=options["device"])
     real = fetch(torch.from_numpy(data.x), torch.from_numpy(np.sort(rows[:20_000])), None, "cpu")
     features = evaluate.pixel_features(real)
@@ -362,16 +376,13 @@ def main(argv=None):
 
 def run_training(given):
     given = {name.replace("_", "-"): value for name, value in given.items()}
-    again, dry = given.pop("resume"), given.pop("dry-run")
-    run = None
+    again, dry, run, stored = given.pop("resume"), given.pop("dry-run"), None, {}
     if again:
         run = evaluate.newest_run("runs") if again == "newest" else again
-        stored = evaluate.read_options(run)
-        given["data"] = given["data"] or stored["data"]
-        given["size"] = given["size"] or stored["size"]
-        given["data-dir"] = given["data-dir"] or stored["data-dir"]
-    data = evaluate.load_data(given["data"] or "digits", given["data-dir"] or "data", given["size"])
-    options = resume(given, data, run) if again else resolve(given, data)
+        stored = evaluate.read_options(run, [*OPTIONS, "shape", "classes", "fingerprint"])
+    data = evaluate.load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
+                                for name in ("data", "data-dir", "size")))
+    options = resume(given, stored, data, run) if again else resolve(given, data)
     torch.manual_seed(options["seed"])
     denoiser = evaluate.build_denoiser(options).to(options["device"])
     size = sum(p.numel() for p in denoiser.parameters())
