@@ -124,7 +124,7 @@ def resolve(given, data):
 def resume(given, stored, data, run):
     """The options of the run that goes on; what was given may differ from them in little."""
     differ = [f"--{name} {value} (was {stored[name]})" for name, value in given.items()
-              if value is not None and name not in MAY_CHANGE | {"out"} and value != stored[name]]
+              if value is not None and name not in MAY_CHANGE and value != stored[name]]
     if differ:
         raise BadInput(f"--resume {run}: cannot change {', '.join(differ)}; start a new run")
     if data.fingerprint != stored["fingerprint"]:
@@ -274,7 +274,8 @@ class Log:
         self.first, self.mean = step, None
         lines = open(self.path).read().splitlines() if os.path.exists(self.path) else []
         with open(self.path, "w") as f:         # what a killed run logged past its checkpoint goes
-            f.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+            f.writelines(line + "\n" for line in lines
+                         if line.endswith("}") and json.loads(line)["step"] <= step)
 
     def step(self, step, loss, norm):
         self.waiting.append((step, loss.detach(), norm))
@@ -307,7 +308,7 @@ class Log:
 # ---- Report --------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def noise_table(options, data, ema, count=256):
+def noise_table(options, data, ema, count=128):
     """Rows (sigma, DSM loss, STF loss): the same `count` images and noise at each noise level.
 
     Both score the same D, against x0 and against its posterior mean given the reference.  The
@@ -336,19 +337,18 @@ def noise_table(options, data, ema, count=256):
 def report(options, data, run, ema, seconds, count=128):
     """What a person wants to know at the end, on the terminal and as the log's last line."""
     table = noise_table(options, data, ema.eval())
-    g = torch.Generator().manual_seed(options["seed"])
-    rows = torch.randperm(len(data.x), generator=g).numpy()
-    count = min(count, len(rows) // 2)
+    count = min(count, len(data.x) // 2)
     labels = torch.arange(count) % len(options["classes"]) if options["cond"] else None
     fake = evaluate.generate(ema, range(count), options["shape"], "heun",
                              evaluate.build_schedule(options), options["sample-steps"], labels,
                              device=options["device"])
-    real = fetch(torch.from_numpy(data.x), torch.from_numpy(np.sort(rows[:20_000])), None, "cpu")
-    features = evaluate.pixel_features(real)
-    mixed = np.random.default_rng(options["seed"]).permutation(len(features))
-    rest = evaluate.moments(features[mixed[count:]])
-    distance, floor = (evaluate.frechet_distance(*evaluate.moments(f), *rest)
-                       for f in (evaluate.pixel_features(fake), features[mixed[:count]]))
+    g = torch.Generator().manual_seed(options["seed"])
+    rows = torch.randperm(len(data.x), generator=g)[:10_000].split(500)
+    real = np.concatenate([evaluate.pixel_features(fetch(torch.from_numpy(data.x), r, None, "cpu"))
+                           for r in rows])
+    reference = evaluate.moments(real[count:])
+    distance, floor = (evaluate.frechet_distance(*evaluate.moments(features), *reference)
+                       for features in (evaluate.pixel_features(fake), real[:count]))
     print(f"\n{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
           "   sigma   DSM loss   STF loss   target noise in DSM")
     for sigma, dsm, stf in table:
