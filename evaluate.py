@@ -186,10 +186,11 @@ def from_images(path, name, data_dir, size):
 
 
 def describe(x, classes, where):
-    """One line for a person: how many, of what shape, of how many classes, from where."""
+    """One line for a person: how many, of what shape, from where, of which classes."""
     what = (f"points in {x.shape[1]} dimensions" if x.ndim == 2 else
             f"{'RGB' if x.shape[1] == 3 else 'gray'} images {x.shape[2]}x{x.shape[3]}")
-    return f"{len(x):,} {what}{f' of {len(classes)} classes' if classes else ''}, from {where}"
+    names = ", ".join(classes[:10]) + ", .." * (len(classes) > 10)
+    return f"{len(x):,} {what} from {where}" + f", {len(classes)} classes: {names}" * bool(classes)
 
 
 def check_labels(labels, n, classes, where):

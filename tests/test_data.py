@@ -116,7 +116,8 @@ def test_load_data_digits_with_size(tmp_path, monkeypatch):
     assert whole.classes == list("0123456789") and whole.name == "digits"
     assert re.fullmatch("[0-9a-f]{12}", whole.fingerprint)
     assert whole.fingerprint != small.fingerprint
-    assert whole.source == "20 RGB images 16x16 of 10 classes, from the built-in set digits"
+    assert whole.source == ("20 RGB images 16x16 from the built-in set digits, "
+                            "10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
 
 
 @pytest.mark.parametrize("name", evaluate.POINT_SETS)
@@ -286,7 +287,7 @@ def test_npy_and_npz_layouts(tmp_path):
     np.save(path, points)
     data = load_data(str(path))
     assert data.x.dtype == np.float32 and (data.x == points.astype(np.float32)).all()
-    assert data.source.startswith("7 points in 3 dimensions, from ")
+    assert data.source.startswith("7 points in 3 dimensions from ")
 
 
 def test_large_npy_stays_on_disk(tmp_path, monkeypatch):
