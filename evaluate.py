@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from networks import MLP, UNETS, Denoiser, UNet
+from networks import MLP, UNETS, Denoiser, UNet, target_coefficients
 from samplers import edm_stochastic, euler, heun, seeded_noise
 from schedules import EDM, SCHEDULES
 
@@ -715,7 +715,15 @@ def build_denoiser(options):
         model = attempt("the options", "choose another --size, --arch or --mult", lambda: UNet(
             size[0], channels, dropout=options["dropout"], classes=classes,
             label_dropout=options["label-dropout"], **given))
-    return Denoiser(model, build_schedule(options).precondition)
+    return Denoiser(model, partial(precondition, options["target"], build_schedule(options)))
+
+
+def precondition(target, schedule, sigma):
+    """The schedule row's c_skip, c_out, c_in, c_noise; the first two are the target's, if any."""
+    c_skip, c_out, c_in, c_noise = schedule.precondition(sigma)
+    if target != "schedule":
+        c_skip, c_out = target_coefficients(target, sigma)
+    return c_skip, c_out, c_in, c_noise
 
 
 def build_schedule(options):

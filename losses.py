@@ -10,10 +10,64 @@ sums.  Class labels are bound to `denoise` by the caller, and appear here only w
 another class must not count.
 
 Sources: EDM = Karras et al. 2022;  STF = Xu, Tong, Jaakkola 2023, "Stable Target Field for Reduced
-Variance Score Estimation in Diffusion Models".
+Variance Score Estimation in Diffusion Models";  DB = Yu et al. 2024, "Unmasking Bias in Diffusion
+Model Training";  P2 = Choi et al. 2022;  Min-SNR = Hang et al. 2023.
 """
 
 import torch
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+# Each is lambda(sigma) on |D - x0|^2.  A weight on one target is a weight on the others:
+#
+#     w_eps |eps_hat - eps|^2 = lambda |D - x0|^2    w_eps = lambda sigma^2       (DB eq. 6-7)
+#     w_v   |v_hat - v|^2     = lambda |D - x0|^2    w_v   = lambda sigma^2/(1 + sigma^2)
+#     w_F   |F_hat - F|^2     = lambda |D - x0|^2    w_F   = lambda c_out^2
+#
+# with SNR = 1/sigma^2.  Published code states w_eps; the docstrings give both.
+
+def constant_weight(sigma):
+    """lambda = 1/sigma^2: w_eps = 1, DDPM's simple loss (DB eq. 1).  Needs: nothing."""
+    return 1 / sigma ** 2
+
+
+def p2_weight(sigma, k=1.0, gamma=1.0):
+    """lambda = 1/(sigma^2 (k + SNR)^gamma): w_eps = 1/(k + SNR)^gamma (P2).
+
+    Written in sigma, so that SNR = infinity gives no inf/inf: for gamma = 1, 1/(1 + k sigma^2).
+    Needs: nothing.
+    """
+    return sigma ** (2 * gamma - 2) / (k * sigma ** 2 + 1) ** gamma
+
+
+def min_snr_weight(sigma, gamma=5.0):
+    """lambda = min(SNR, gamma): w_eps = min(SNR, gamma)/SNR (Min-SNR).  Needs: nothing."""
+    return (1 / sigma ** 2).clamp(max=gamma)
+
+
+def inverse_snr_weight(sigma):
+    """lambda = 1: w_eps = 1/SNR, the same weight on x0 everywhere.  Needs: nothing."""
+    return torch.ones_like(sigma)
+
+
+def debias_weight(sigma):
+    """lambda = 1/sigma: w_eps = 1/sqrt(SNR) = sigma (DB eq. 8).
+
+    The geometric mean of constant_weight and inverse_snr_weight.  Needs: nothing.
+    """
+    return 1 / sigma
+
+
+def edm_weight(sigma, sigma_data=0.5):
+    """lambda = (sigma^2 + sigma_data^2)/(sigma sigma_data)^2 (EDM Table 1): w_F = 1.
+
+    Needs: nothing.
+    """
+    return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+
+
+WEIGHTS = {"constant": constant_weight, "p2": p2_weight, "min-snr": min_snr_weight,
+           "inverse-snr": inverse_snr_weight, "debias": debias_weight, "edm": edm_weight}
 
 
 # ---- Denoising score matching --------------------------------------------------------------------

@@ -41,6 +41,27 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * F_x.to(x.dtype)
 
 
+def target_coefficients(target, sigma, sigma_data=0.5):
+    """c_skip, c_out that make the raw network predict `target` (one row each, D solved for).
+
+        eps  D = x - sigma eps               v   D = (x - sigma sqrt(1 + sigma^2) v)/(1 + sigma^2)
+        x0   D = x0                          F   D = (sigma_data^2 x + sigma sigma_data r F)/r^2
+
+    v = alpha eps - alpha sigma x0 with alpha = 1/sqrt(1 + sigma^2);  F: EDM's, with
+    r = sqrt(sigma^2 + sigma_data^2).  sigma of any shape -> two like it.  Needs: nothing.
+    """
+    if target == "eps":
+        return torch.ones_like(sigma), -sigma
+    if target == "x0":
+        return torch.zeros_like(sigma), torch.ones_like(sigma)
+    if target == "v":
+        return 1 / (1 + sigma ** 2), -sigma / (1 + sigma ** 2).sqrt()
+    if target == "F":
+        total = sigma ** 2 + sigma_data ** 2
+        return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt()
+    raise ValueError(f"target {target!r} is none of eps, x0, v, F")
+
+
 # ---- Layers --------------------------------------------------------------------------------------
 
 def sinusoids(c_noise, channels, endpoint=False):

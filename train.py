@@ -23,7 +23,7 @@ import torch
 
 import evaluate
 from evaluate import BadInput, number
-from losses import dsm_loss, stf_loss, stf_target
+from losses import WEIGHTS, dsm_loss, stf_loss, stf_target
 from networks import UNETS
 from schedules import SCHEDULES
 
@@ -48,6 +48,9 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "xflip": (bool, False, "mirror every other image at random"),
     "loss": (["stf", "dsm"], "stf", "objective"),
     "ref-batch": (COUNT, (2048, 1024, 4096), "size n of STF's reference, the batch included"),
+    "weight": (["schedule", *WEIGHTS], "schedule", "of the loss; schedule: the row's own"),
+    "normalize-weight": (bool, False, "make the weight on eps 1 on average over the noise levels"),
+    "target": (["schedule", "eps", "x0", "v", "F"], "schedule", "what the raw network predicts"),
     "schedule": (list(SCHEDULES), "edm", "noise levels and preconditioning"),
     "P-mean": (number(float, -10, 10), (-0.5, -1.2, -1.2), "edm trains on ln sigma ~ N(P_mean, "
                "P_std^2); digits: more noise, where their shapes are decided"),
@@ -178,7 +181,7 @@ def draw_batch(pixels, labels, options, schedule, step):
 def train(options, data, run, state, denoiser, ema):
     """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder."""
     device, B = options["device"], options["batch"]
-    schedule = evaluate.build_schedule(options)
+    schedule, weight = evaluate.build_schedule(options), loss_weight(options)
     pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
     labels = None if labels is None else torch.from_numpy(labels)
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
@@ -195,9 +198,9 @@ def train(options, data, run, state, denoiser, ema):
         x0, noise, sigma, reference, label = draw_batch(pixels, labels, options, schedule, step)
         denoise = partial(denoiser, labels=None if label is None else label[:B])
         if options["loss"] == "dsm":
-            loss = dsm_loss(denoise, x0, noise, sigma, schedule.weight)           # (B,)
+            loss = dsm_loss(denoise, x0, noise, sigma, weight)                    # (B,)
         elif options["loss"] == "stf":
-            loss = stf_loss(denoise, x0, noise, sigma, schedule.weight, reference,
+            loss = stf_loss(denoise, x0, noise, sigma, weight, reference,
                             None if label is None else label[:B], label)          # (B,)
 
         optimizer.param_groups[0]["lr"] = learning_rate(options, step)
@@ -217,6 +220,21 @@ def train(options, data, run, state, denoiser, ema):
             save_samples(run, step + 1, denoiser, ema, options)
             denoiser.train()
     log.close()
+
+
+def loss_weight(options):
+    """lambda(sigma), the weight on |D - x0|^2: the schedule row's own, or the named one.
+
+    Normalised: E[lambda sigma^2] = 1 under p_train(sigma), so that weights differ in shape alone.
+    """
+    schedule = evaluate.build_schedule(options)
+    weight = schedule.weight if options["weight"] == "schedule" else WEIGHTS[options["weight"]]
+    if not options["normalize-weight"]:
+        return weight
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    sigma = schedule.training_sigma(u)
+    mean = (weight(sigma) * sigma ** 2).mean().item()
+    return lambda sigma: weight(sigma) / mean
 
 
 def learning_rate(options, step):
@@ -314,7 +332,7 @@ def noise_table(options, data, ema, count=128):
     Both score the same D, against x0 and against its posterior mean given the reference.  The
     difference is the variance of DSM's target: noise that no network can learn, and where STF acts.
     """
-    schedule, device = evaluate.build_schedule(options), options["device"]
+    lam, device = loss_weight(options), options["device"]
     g = torch.Generator().manual_seed(options["seed"])
     rows = torch.randperm(len(data.x), generator=g)[:max(options["ref-batch"], count)]
     reference = fetch(torch.from_numpy(data.x), rows, None, device)
@@ -328,7 +346,7 @@ def noise_table(options, data, ema, count=128):
         D = torch.cat([ema(x[i:i + 64], sigma[i:i + 64], None if mine is None else mine[i:i + 64])
                        for i in range(0, len(x), 64)])
         target = stf_target(x, sigma, reference, mine, label)
-        weight = schedule.weight(sigma)
+        weight = lam(sigma)
         table.append((level, (weight * (D - x0) ** 2).mean().item(),
                       (weight * (D - target) ** 2).mean().item()))
     return table

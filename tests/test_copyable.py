@@ -63,13 +63,15 @@ def start():
 def schedule(cls):
     row, t = cls(), torch.tensor([0.3, 0.7])
     return torch.cat([row.sigma(t), row.sigma_inv(t), row.dsigma(t), row.s(t), row.ds(t),
-                      row.time_steps(5), row.training_sigma(t), *row.precondition(t), row.weight(t)])
+                      row.time_steps(5), row.training_sigma(t), row.weight(t),
+                      *row.precondition(t)])
 
 
 IDENTITY = types.SimpleNamespace(sigma=lambda t: t, dsigma=torch.ones_like, s=torch.ones_like,
                                  ds=torch.zeros_like)
 GRID = torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
 IMAGE = torch.linspace(-1, 1, 2 * 8 * 4 * 4).view(2, 8, 4, 4)
+LAYERS = torch.nn.Sequential(torch.nn.Linear(3, 3))
 EMB = torch.linspace(-1, 1, 2 * 16).view(2, 16)
 
 
@@ -99,7 +101,9 @@ CALLS = {
     "MLP": lambda f: filled(f(2, 8, 2, 3))(torch.ones(2, 2), torch.tensor([0.1, 7.0]),
                                            torch.tensor([0, 2])),
     "UNet": lambda f: torch.cat([unet(f, False), unet(f, True)]),
-    "initialise": lambda f: f(m := torch.nn.Sequential(torch.nn.Linear(3, 3)), False) or m[0].weight,
+    "initialise": lambda f: f(LAYERS, False) or LAYERS[0].weight.clone(),
+    "target_coefficients": lambda f: torch.cat([c for target in ("eps", "x0", "v", "F")
+                                                for c in f(target, start()[2])]),
     "dsm_loss": lambda f: f(denoise, *start(), torch.reciprocal),
     "stf_target": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
     "stf_loss": lambda f: f(denoise, *start(), torch.reciprocal, start()[0]),
@@ -109,6 +113,8 @@ CALLS = {
     "seeded_noise": lambda f: f([1, 2], (3,))(),
     "edm_stochastic": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], S_churn=1.0),
 }
+CALLS |= {f"{name}_weight": lambda f: f(start()[2])
+          for name in ("constant", "p2", "min_snr", "inverse_snr", "debias", "edm")}
 CALLS |= {name: schedule for name in ("VP", "VE", "EDM", "IDDPM", "DDPM")}
 
 

@@ -48,9 +48,9 @@ def test_trains_samples_and_resumes_on_the_gpu(schedule, tmp_path, monkeypatch, 
 
 
 def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
-    denoiser = evaluate.build_denoiser(dict(
-        arch="unet", shape=[3, 16, 16], classes=[], width=None, mult=None, blocks=None, dropout=0.0,
-        schedule="edm", **{"label-dropout": 0.0, "P-mean": -1.2, "P-std": 1.2})).cuda().eval()
+    given = {k.replace("_", "-"): v for k, v in vars(train.parser().parse_args([])).items()}
+    options = train.resolve(given, evaluate.load_data("digits"))
+    denoiser = evaluate.build_denoiser(options).cuda().eval()
     row = evaluate.EDM()
     t = row.time_steps(4)
     x = torch.randn(2, 3, 16, 16, device="cuda") * t[0]

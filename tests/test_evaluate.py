@@ -38,7 +38,8 @@ def test_frechet_of_commuting_covariances_is_a_difference_of_deviations():
 def test_frechet_is_zero_with_itself_symmetric_and_finite_when_singular():
     (m1, c1), (m2, c2) = gaussian(8, 3, 0), gaussian(8, 2, 1)
     assert evaluate.frechet_distance(m1, c1, m1, c1) == pytest.approx(0, abs=1e-6)
-    forth, back = evaluate.frechet_distance(m1, c1, m2, c2), evaluate.frechet_distance(m2, c2, m1, c1)
+    forth = evaluate.frechet_distance(m1, c1, m2, c2)
+    back = evaluate.frechet_distance(m2, c2, m1, c1)
     assert np.isfinite(forth) and forth == pytest.approx(back, rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""train.py: the batch is a function of (seed, step), a resumed run is the run, bad input is cheap."""
+"""train.py: a batch is a function of (seed, step), a resumed run is the run, bad input is cheap."""
 
 import json
 import shutil
