@@ -1,4 +1,4 @@
-"""evaluate.py: how good it is; reads image sets, runs, and draws.
+"""evaluate.py: how good it is.  Reads image sets, draws samples of runs, measures distances.
 
     python evaluate.py sample RUN --sampler heun --steps 18 --num 64
 
@@ -577,13 +577,13 @@ def tile(x, columns=None, cell=64):
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
-def scatter(x, half_width=1.5, pixels=400):
+def scatter(x, half_width=1.5, side=400):
     """Points (n, d) -> a PIL image of their first two coordinates, each within +-half_width."""
-    at = ((x[:, :2] / half_width + 1) / 2 * pixels).round().astype(int)
-    at = at[((at >= 0) & (at < pixels)).all(1)]
-    page = np.full((pixels, pixels), 255, np.uint8)
-    page[pixels - 1 - at[:, 1], at[:, 0]] = 0
-    return Image.fromarray(page)
+    page = Image.new("L", (side, side), 235)
+    pen = ImageDraw.Draw(page)
+    for a, b in (x[:, :2] * [1, -1] / half_width + 1) / 2 * side:
+        pen.rectangle((a, b, a + 1, b + 1), fill=0)
+    return page
 
 
 def save_pictures(path, panels, names=()):
@@ -685,7 +685,7 @@ def load_checkpoint(run, device="cpu"):
     """The newest checkpoint of a run: step, options, model, ema, optimizer.  Never unpickled."""
     paths = checkpoints(run)
     if not paths:
-        raise BadInput(f"{run} has no checkpoint; train it, or name another run")
+        raise BadInput(f"{run} has no checkpoint; name a folder that train.py made")
     try:
         state = torch.load(paths[-1], map_location=device, weights_only=True)
         state["step"], state["options"], state["model"], state["ema"], state["optimizer"]
@@ -712,7 +712,8 @@ def build_denoiser(options):
         if options["mult"]:
             given["mult"] = tuple(int(m) for m in options["mult"].split(","))
         given = UNETS[options["arch"]] | given
-        model = attempt("the options", "choose another --size, --arch or --mult", lambda: UNet(
+        what = f"--arch {options['arch']} at {size[0]}x{size[0]}"
+        model = attempt(what, "choose another --size or --mult", lambda: UNet(
             size[0], channels, dropout=options["dropout"], classes=classes,
             label_dropout=options["label-dropout"], **given))
     return Denoiser(model, partial(precondition, options["target"], build_schedule(options)))
@@ -813,11 +814,11 @@ def parser():
     c.add_argument("--steps", type=number(int, 1), default=18, help="default: 18")
     c.add_argument("--churn", type=number(float, 0), default=0.0,
                    help="S_churn of edm-stochastic (default: 0)")
-    c.add_argument("--num", type=number(int, 1), default=64, help="of samples (default: 64)")
+    c.add_argument("--num", type=number(int, 1), help="default: 64 images, or 4000 points")
     c.add_argument("--class", dest="label", help="name or number of one class; none: all in turn")
     c.add_argument("--seed", type=number(int, 0), default=0,
                    help="sample i has seed SEED + i (default: 0)")
-    c.add_argument("--batch", type=number(int, 1), default=64, help="default: 64; changes nothing")
+    c.add_argument("--batch", type=number(int, 1), default=64, help="default: 64; changes no image")
     c.add_argument("--weights", choices=["ema", "raw"], default="ema", help="default: ema")
     c.add_argument("--out", help="a .png grid or an .npz of arrays; none: a .png in RUN")
     c.add_argument("--device", help="none: cuda where there is one, else cpu")
@@ -829,30 +830,39 @@ def sample(args):
     device = pick_device(args.device)
     denoiser, options, step = load_run(args.run, device, args.weights)
     schedule, classes = build_schedule(options), options["classes"]
+    images = len(options["shape"]) > 1
+    args.num = args.num or (64 if images else 4000)
+    if args.churn and args.sampler != "edm-stochastic":
+        raise BadInput(f"--churn: {args.sampler} draws no noise; choose --sampler edm-stochastic")
     attempt(f"--steps {args.steps}", "choose fewer", schedule.time_steps, args.steps)
     labels = None
     if args.label is not None:
         names = classes if args.label in classes else [str(k) for k in range(len(classes))]
         if args.label not in names:
-            raise BadInput(f"--class {args.label}: the run's classes are "
-                           f"{', '.join(classes) or 'none; leave the option out'}")
+            raise BadInput(f"--class {args.label}: " + (
+                f"choose one of {', '.join(classes)}" if classes else
+                "the run is not class-conditional; leave the option out"))
         labels = torch.full((args.num,), names.index(args.label))
     elif classes:
         labels = torch.arange(args.num) % len(classes)
     suffix = "" if args.label is None else f"-{args.label}"
     out = args.out or f"{args.run}/{args.sampler}-{args.steps}{suffix}.png"
+    if os.path.isdir(out) or not out.endswith((".png", ".npz")):
+        raise BadInput(f"--out {out} is not a file's name ending in .png or .npz; choose another")
     attempt(out, "choose another --out", lambda: open(f"{out}.part", "wb").close())
+    os.remove(f"{out}.part")
 
     start = time.time()
     x = to_uint8(generate(denoiser, range(args.seed, args.seed + args.num), options["shape"],
-                          args.sampler, schedule, args.steps, labels, args.batch, args.churn,
-                          device))
+                          args.sampler, schedule, args.steps, labels,
+                          args.batch if images else args.num, args.churn, device))
     if out.endswith(".npz"):
         with open(f"{out}.part", "wb") as file:
             np.savez(file, images=x, **({} if labels is None else {"labels": labels.numpy()}))
         os.replace(f"{out}.part", out)
     else:
-        rows = classes if args.label is None and classes and args.num % len(classes) == 0 else ()
+        equal = args.label is None and classes and args.num % len(classes) == 0
+        rows = classes if images and equal else ()
         x = x[np.argsort(labels.numpy(), kind="stable")] if rows else x       # a row for each class
         save_pictures(out, [(f"{args.sampler}, {args.steps} steps", x)], rows)
     print(f"{args.num} samples of {args.run} at step {step}, {args.weights} weights, "
@@ -868,6 +878,9 @@ def main(argv=None):
     except BadInput as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nevaluate.py: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def dsm_loss(denoise, x0, noise, sigma, weight):
 def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=1024):
     """Stable target: E[x0 | x] when x0 is one of the rows y_k of a reference batch (STF eq. 5-7).
 
-        w_k ~ exp(-|x - y_k|^2 / (2 sigma^2)),  sum_k w_k = 1,      target = sum_k w_k y_k
+        w = softmax_k(-|x - y_k|^2 / (2 sigma^2)),      target = sum_k w_k y_k
 
     This is attention with query x, keys and values y.  The exponent is needed only up to a constant
     per row, (x.y_k - |y_k|^2/2) / sigma^2, so one matrix product gives it; the reference is
@@ -102,8 +102,9 @@ def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=10
     of that is E[x0 | x].  (The paper calls it biased.)  One row is plain DSM; a whole finite data
     set gives its exact posterior mean.
 
-    float64 inside, whatever the inputs and autocast: at sigma = 0.002 float32 products are off by
-    up to 50 nats between near-duplicates.  NaN where a sample has no reference of its class.
+    float64 inside, whatever the inputs and autocast: the difference of two large products, over
+    sigma^2, leaves float32 no digits between near-duplicates at small sigma.  NaN where a sample
+    has no reference of its class.
     Needs: nothing.
     """
     query = x.flatten(1).double() / sigma.flatten(1).double() ** 2                # (B, d)

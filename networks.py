@@ -215,10 +215,15 @@ class MLP(nn.Module):
 class UNet(nn.Module):
     """DDPM++, NCSN++ and ADM with EDM's improvements, and anything smaller: see UNETS below.
 
-    size     side of the (square) images; `size >> level` must be whole at every level, ValueError
+    size     side of the (square) images, halved from level to level; ValueError where it cannot be
+    channels of the images, in and out
     width    channels at the first level, times mult[level] at each
+    blocks   per level of the encoder; the decoder has one more
     attend   resolutions with attention (in the encoder in every block; in the decoder in each
-             level's last block, ADM in every one)
+             level's last block, ADM in every one); the decoder's very first block always attends
+    dropout  of the activations within blocks
+    augment_dim  length of the augmentation labels, 0 for none
+    fir      resampling filter
     fourier  Fourier features of the noise level instead of sinusoids (NCSN++)
     residual the input, down-sampled, is added at each level of the encoder (NCSN++)
     adm      the ADM variant of blocks, embedding, output and initialisation

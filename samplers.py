@@ -77,20 +77,20 @@ def seeded_noise(seeds, shape, device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def edm_stochastic(denoise, x, sigma, noise, S_churn=0.0, S_min=0.0, S_max=float("inf"),
+def edm_stochastic(denoise, x, sigma, noise, S_churn=0.0, S_tmin=0.0, S_tmax=float("inf"),
                    S_noise=1.0):
     """EDM's stochastic sampler, in sigma(t) = t, s(t) = 1   (EDM Algorithm 2).  NFE = 2N - 1.
 
-        gamma = min(S_churn/N, sqrt(2) - 1) if sigma_i in [S_min, S_max] else 0
-        sigma^ = (1 + gamma) sigma_i,  x^ = x + sqrt(sigma^^2 - sigma_i^2) S_noise noise
-        then Heun's step from sigma^ to sigma_{i+1}
+        gamma = min(S_churn/N, sqrt(2) - 1) if sigma_i in [S_tmin, S_tmax] else 0
+        sigma_hat = (1 + gamma) sigma_i,  x <- x + sqrt(sigma_hat^2 - sigma_i^2) S_noise noise
+        then Heun's step from sigma_hat to sigma_{i+1}
 
     x (B, ...), sigma (N + 1,), noise() -> (B, ...), not called where gamma = 0; S_churn = 0 is
-    Heun.  S_min and S_max are the paper's S_tmin and S_tmax.  Needs: nothing.
+    Heun.  Needs: nothing.
     """
     N = len(sigma) - 1
     for s_cur, s_next in zip(sigma[:-1], sigma[1:]):
-        gamma = min(S_churn / N, 2 ** 0.5 - 1) if S_min <= s_cur <= S_max else 0.0
+        gamma = min(S_churn / N, 2 ** 0.5 - 1) if S_tmin <= s_cur <= S_tmax else 0.0
         s_hat = (1 + gamma) * s_cur
         if gamma > 0:
             x = x + (s_hat ** 2 - s_cur ** 2).sqrt() * S_noise * noise()

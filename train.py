@@ -1,6 +1,6 @@
 """train.py: the script that wires the other files together.
 
-    python train.py                               built-in digits, STF, two CPU cores, three minutes
+    python train.py                               built-in digits, STF, two cores, under 3 minutes
     python train.py --data cifar10 --xflip        photographs, downloaded once
     python train.py --data FOLDER|FILE --cond     your own images or points, class-conditional
     python train.py --resume                      go on with the newest run
@@ -10,6 +10,7 @@ The batch is a pure function of (seed, step): no loader, no worker, no state to 
 is killed and resumed is the run that was not, and two losses can be compared on the same noise.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -37,6 +38,13 @@ def multipliers(text):
     return text
 
 
+def even(text):
+    """A type for argparse: an even number of at least 4 (sines and cosines come in pairs)."""
+    if int(text) < 4 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text} is not an even number of at least 4")
+    return int(text)
+
+
 COUNT, INDEX, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
 
 OPTIONS = {   # name: (type or choices, default or defaults for (digits, points, images), help)
@@ -44,8 +52,8 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
              "cifar10, mnist, or a path: folder of images (sub-folder = class), .zip, .npz, .npy"),
     "data-dir": (str, "data", "where downloads and caches lie"),
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
-    "cond": (bool, False, "class-conditional"),
-    "xflip": (bool, False, "mirror every other image at random"),
+    "cond": (bool, (True, False, False), "class-conditional"),
+    "xflip": (bool, False, "mirror each image with probability 1/2"),
     "loss": (["stf", "dsm"], "stf", "objective"),
     "ref-batch": (COUNT, (2048, 1024, 4096), "size n of STF's reference, the batch included"),
     "weight": (["schedule", *WEIGHTS], "schedule", "of the loss; schedule: the row's own"),
@@ -54,21 +62,21 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "schedule": (list(SCHEDULES), "edm", "noise levels and preconditioning"),
     "P-mean": (number(float, -10, 10), (-0.5, -1.2, -1.2), "edm trains on ln sigma ~ N(P_mean, "
                "P_std^2); digits: more noise, where their shapes are decided"),
-    "P-std": (number(float, 0, 10), (1.0, 1.2, 1.2), "see P-mean"),
+    "P-std": (number(float, 0.01, 10), (1.0, 1.2, 1.2), "see P-mean"),
     "arch": (["mlp", *UNETS], ("unet", "mlp", "ddpmpp"), "network"),
-    "width": (COUNT, (None, 128, None), "channels at the first level; none: the arch's own"),
+    "width": (even, (None, 128, None), "channels at the first level; none: the arch's own"),
     "mult": (multipliers, None, "width multipliers of the levels, as in 1,2,2; none: the arch's"),
     "blocks": (COUNT, None, "blocks per level; none: the arch's own"),
     "dropout": (SHARE, 0.0, "of the network's activations"),
     "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
     "steps": (COUNT, (700, 3000, 100_000), "training steps"),
     "batch": (COUNT, (16, 256, 128), "images per step"),
-    "lr": (number(float, 0), (4e-3, 1e-3, 1e-3), "learning rate of AdamW"),
+    "lr": (number(float, 1e-9), (4e-3, 1e-3, 1e-3), "learning rate of AdamW"),
     "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises from 0"),
     "decay": (SHARE, (0.7, 0.5, 0.0), "last share of the steps, over which the rate falls to 0"),
     "beta2": (SHARE, (0.99, 0.999, 0.999), "AdamW's memory of squared gradients"),
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
-    "clip": (number(float, 0), 1.0, "limit on the gradient's norm"),
+    "clip": (number(float, 1e-9), 1.0, "limit on the gradient's norm"),
     "ema": (COUNT, (2000, 20_000, 500_000), "half-life of the weight average, in images"),
     "ema-rampup": (SHARE, 0.05, "the half-life is at most this share of the images seen"),
     "seed": (number(int, 0, 2 ** 32 - 1), 0, "of the whole run"),
@@ -84,16 +92,18 @@ KINDS = ("digits", "points", "images")
 
 def parser():
     p = evaluate.Parser(prog="train.py", description="Train a diffusion model.  Without options: "
-                        "digits, STF, three minutes on two CPU cores.")
+                        "digits, STF, under three minutes on two idle CPU cores.")
     for name, (kind, default, text) in OPTIONS.items():
-        if kind is bool:
-            p.add_argument(f"--{name}", action="store_true", default=None, help=text)
-            continue
         shown = default if not isinstance(default, tuple) else ", ".join(
-            f"{k} {v}" for k, v in zip(KINDS, default)).lower()
-        how = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
-        p.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how,
-                       metavar=None if isinstance(kind, list) else name.split("-")[-1].upper())
+            f"{k} {v}" for k, v in zip(KINDS, default))
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(kind, list):
+            how = dict(choices=kind)
+        else:
+            words = {"int": "N", "even": "N", "float": "X"}
+            how = dict(type=kind, metavar=words.get(kind.__name__, name.upper()))
+        p.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    f"with the newest one; may change: {', '.join(sorted(MAY_CHANGE))}")
     p.add_argument("--dry-run", action="store_true", help="print every resolved option and exit")
@@ -147,7 +157,7 @@ def generator(seed, step, stream, device="cpu"):
     return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + 2 * step + stream) % 2 ** 32)
 
 
-def fetch(pixels, rows, flip, device):
+def load_rows(pixels, rows, flip, device):
     """uint8 rows (n, C, H, W) -> float32 in [-1, 1], mirrored where flip (n,); points as is."""
     x = pixels[rows.to(pixels.device)].to(device)
     if x.dtype != torch.uint8:
@@ -168,7 +178,7 @@ def draw_batch(pixels, labels, options, schedule, step):
     rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
     flip = torch.rand(n, generator=g) < 0.5 if options["xflip"] else None
     u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
-    reference = fetch(pixels, rows, flip, device)                                 # (n, ...)
+    reference = load_rows(pixels, rows, flip, device)                                 # (n, ...)
     x0 = reference[:B]                                                            # (B, ...)
     g = generator(options["seed"], step, 1, device)
     noise = torch.randn(x0.shape, generator=g, device=device)                     # (B, ...)
@@ -217,7 +227,7 @@ def train(options, data, run, state, denoiser, ema):
             save_checkpoint(run, step + 1, denoiser, ema, optimizer, options)
         if last or (options["sample-every"] and (step + 1) % options["sample-every"] == 0):
             log.flush()
-            save_samples(run, step + 1, denoiser, ema, options)
+            save_samples(run, step + 1, denoiser, ema, options, data)
             denoiser.train()
     log.close()
 
@@ -267,15 +277,21 @@ def save_checkpoint(run, step, denoiser, ema, optimizer, options):
         os.remove(old)
 
 
-def save_samples(run, step, denoiser, ema, options):
-    """One picture of the same samples from the raw and the averaged weights, classes in rows."""
-    names = options["classes"][:10]
-    labels = torch.arange(len(names)).repeat_interleave(8) if names else None
-    panels = []
+def save_samples(run, step, denoiser, ema, options, data):
+    """One picture of the same samples from the raw and the averaged weights, classes in rows.
+
+    Points are cheap: 4,000 of them, beside the data.
+    """
+    points = data.x.ndim == 2
+    names = [] if points else options["classes"][:10]
+    count = 4000 if points else 8 * len(names) if names else 64
+    labels = torch.arange(count) % len(names or options["classes"]) if options["cond"] else None
+    labels = labels.sort().values if names else labels                # a row for each class
+    panels = [("data", data.x[:count])] if points else []
     for name, model in [("raw weights", denoiser), ("averaged weights (EMA)", ema)]:
-        x = evaluate.generate(model.eval(), range(len(labels) if names else 64), options["shape"],
-                              "heun", evaluate.build_schedule(options), options["sample-steps"],
-                              labels, device=options["device"])
+        x = evaluate.generate(model.eval(), range(count), options["shape"], "heun",
+                              evaluate.build_schedule(options), options["sample-steps"], labels,
+                              batch=count if points else 64, device=options["device"])
         panels.append((f"step {step}, {name}", evaluate.to_uint8(x)))
     evaluate.save_pictures(os.path.join(run, f"samples-{step:07d}.png"), panels, names)
 
@@ -335,7 +351,7 @@ def noise_table(options, data, ema, count=128):
     lam, device = loss_weight(options), options["device"]
     g = torch.Generator().manual_seed(options["seed"])
     rows = torch.randperm(len(data.x), generator=g)[:max(options["ref-batch"], count)]
-    reference = fetch(torch.from_numpy(data.x), rows, None, device)
+    reference = load_rows(torch.from_numpy(data.x), rows, None, device)
     label = torch.from_numpy(data.labels)[rows].to(device) if options["cond"] else None
     x0, mine = reference[:count], None if label is None else label[:count]
     noise = torch.randn(x0.shape, generator=g).to(device)
@@ -362,13 +378,14 @@ def report(options, data, run, ema, seconds, count=128):
                              device=options["device"])
     g = torch.Generator().manual_seed(options["seed"])
     rows = torch.randperm(len(data.x), generator=g)[:10_000].split(500)
-    real = np.concatenate([evaluate.pixel_features(fetch(torch.from_numpy(data.x), r, None, "cpu"))
+    pixels = torch.from_numpy(data.x)
+    real = np.concatenate([evaluate.pixel_features(load_rows(pixels, r, None, "cpu"))
                            for r in rows])
     reference = evaluate.moments(real[count:])
     distance, floor = (evaluate.frechet_distance(*evaluate.moments(features), *reference)
                        for features in (evaluate.pixel_features(fake), real[:count]))
     print(f"\n{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
-          "   sigma   DSM loss   STF loss   target noise in DSM")
+          "   sigma   DSM loss   STF loss   target noise in DSM (chance no network can learn)")
     for sigma, dsm, stf in table:
         print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {1 - stf / dsm:12.0%}")
     print(f"\nFrechet distance in pixel space, {count} samples (averaged weights, Heun, NFE "
@@ -388,7 +405,8 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ntrain.py: stopped; --resume goes on from the last checkpoint, or starts again "
+              "where there is none", file=sys.stderr)
         return 130
 
 

@@ -229,14 +229,14 @@ def test_without_churn_algorithm_2_is_algorithm_1():
     expected = heun(mixture_denoise, x, t, EDM())
     close(edm_stochastic(mixture_denoise, x, t, refuse), expected)
     # and with churn, where no sigma lies in the window
-    close(edm_stochastic(mixture_denoise, x, t, refuse, S_churn=40, S_min=90), expected)
-    close(edm_stochastic(mixture_denoise, x, t, refuse, S_churn=40, S_max=1e-3), expected)
+    close(edm_stochastic(mixture_denoise, x, t, refuse, S_churn=40, S_tmin=90), expected)
+    close(edm_stochastic(mixture_denoise, x, t, refuse, S_churn=40, S_tmax=1e-3), expected)
 
 
 @pytest.mark.parametrize("S_churn, gamma", [(2, .2), (4, .4), (5, 2 ** .5 - 1), (99, 2 ** .5 - 1)])
-@pytest.mark.parametrize("S_min, S_max", [(0, float("inf")), (0.5, 8), (0, 2), (9, float("inf"))])
-def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_churn, gamma, S_min,
-                                                                          S_max):
+@pytest.mark.parametrize("S_tmin, S_tmax", [(0, float("inf")), (0.5, 8), (0, 2), (9, float("inf"))])
+def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_churn, gamma, S_tmin,
+                                                                          S_tmax):
     sigma = torch.tensor([40, 20, 10, 8, 4, 2, 1, 0.5, 0.3, 0.2, 0], dtype=torch.float64)  # N = 10
     drawn = []
 
@@ -245,8 +245,8 @@ def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_chur
         return randn(3, 2, seed=len(drawn))
 
     denoise, calls = counted(gaussian_denoise)
-    edm_stochastic(denoise, 40 * randn(3, 2), sigma, noise, S_churn, S_min, S_max)
-    inside = [S_min <= v <= S_max for v in sigma[:-1].tolist()]    # both ends belong to it
+    edm_stochastic(denoise, 40 * randn(3, 2), sigma, noise, S_churn, S_tmin, S_tmax)
+    inside = [S_tmin <= v <= S_tmax for v in sigma[:-1].tolist()]    # both ends belong to it
     sigma_hat = [v * (1 + gamma) if i else v for v, i in zip(sigma[:-1].tolist(), inside)]
     assert calls[::2] == pytest.approx(sigma_hat, rel=1e-12)
     assert calls[1::2] == sigma[1:-1].tolist()

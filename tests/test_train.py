@@ -195,6 +195,8 @@ BAD = {
     "batch 0": ["--batch", "0"],
     "steps not a number": ["--steps", "many"],
     "rate below 0": ["--lr", "-1"],
+    "deviation 0": ["--P-std", "0"],
+    "odd width": ["--width", "3"],
     "dropout above 1": ["--dropout", "1.5"],
     "cond without labels": ["--data", "checkerboard", "--cond"],
     "xflip of points": ["--data", "checkerboard", "--xflip"],
