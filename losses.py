@@ -84,7 +84,7 @@ def dsm_loss(denoise, x0, noise, sigma, weight):
 # ---- Stable target fields ------------------------------------------------------------------------
 
 @torch.no_grad()
-def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=1024):
+def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=512):
     """Stable target: E[x0 | x] when x0 is one of the rows y_k of a reference batch (STF eq. 5-7).
 
         w = softmax_k(-|x - y_k|^2 / (2 sigma^2)),      target = sum_k w_k y_k
@@ -112,7 +112,7 @@ def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=10
     total, target = torch.zeros_like(m), torch.zeros_like(query)                  # (B, 1), (B, d)
     for start in range(0, len(reference), chunk):
         y = reference[start:start + chunk].flatten(1).to(query)                   # (k, d)
-        half = (y ** 2).sum(1) / 2                                                # (k,)
+        half = torch.linalg.vecdot(y, y) / 2                                      # (k,)
         logits = query @ y.T - half / sigma.flatten(1).double() ** 2              # (B, k)
         if labels is not None:
             other = labels[:, None] != reference_labels[None, start:start + chunk]

@@ -85,13 +85,16 @@ def error(target, inputs, exact):
 
 
 def median_times(repeats, *functions):
-    """Seconds, after one run of each to warm up; the runs interleaved."""
+    """Seconds a call, after one run of each to warm up.  The functions take turns of a second or
+    more each: as in training, most calls follow one of their own kind, with its memory at hand."""
     times = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, taken in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
+            start, calls = time.perf_counter(), 0
+            while calls == 0 or time.perf_counter() - start < 1:
+                function()
+                calls += 1
+            taken.append((time.perf_counter() - start) / calls)
     return [statistics.median(taken[1:]) for taken in times]
 
 
