@@ -577,7 +577,7 @@ def tile(x, columns=None, cell=64):
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
-def scatter(x, half_width=1.5, side=400):
+def scatter(x, half_width=1.2, side=400):
     """Points (n, d) -> a PIL image of their first two coordinates, each within +-half_width."""
     page = Image.new("L", (side, side), 235)
     pen = ImageDraw.Draw(page)

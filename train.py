@@ -71,10 +71,10 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
     "steps": (COUNT, (700, 3000, 100_000), "training steps"),
     "batch": (COUNT, (16, 256, 128), "images per step"),
-    "lr": (number(float, 1e-9), (4e-3, 1e-3, 1e-3), "learning rate of AdamW"),
+    "lr": (number(float, 1e-9), (4e-3, 5e-3, 1e-3), "learning rate of AdamW"),
     "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises from 0"),
-    "decay": (SHARE, (0.7, 0.5, 0.0), "last share of the steps, over which the rate falls to 0"),
-    "beta2": (SHARE, (0.99, 0.999, 0.999), "AdamW's memory of squared gradients"),
+    "decay": (SHARE, (0.7, 0.8, 0.0), "last share of the steps, over which the rate falls to 0"),
+    "beta2": (SHARE, (0.99, 0.99, 0.999), "AdamW's memory of squared gradients"),
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
     "clip": (number(float, 1e-9), 1.0, "limit on the gradient's norm"),
     "ema": (COUNT, (2000, 20_000, 500_000), "half-life of the weight average, in images"),
@@ -388,7 +388,8 @@ def report(options, data, run, ema, seconds, count=128):
           "   sigma   DSM loss   STF loss   target noise in DSM (chance no network can learn)")
     for sigma, dsm, stf in table:
         print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {1 - stf / dsm:12.0%}")
-    print(f"\nFrechet distance in pixel space, {count} samples (averaged weights, Heun, NFE "
+    space = "pixel space" if data.x.ndim == 4 else "the points' space"
+    print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
           f"{2 * options['sample-steps'] - 1}): {distance:.3f}\n"
           f"{'the floor, ' + str(count) + ' real images instead':>40}: {floor:.3f}\n")
     with open(os.path.join(run, "log.jsonl"), "a") as f:

@@ -231,7 +231,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(capsys):
     assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
     capsys.readouterr()
     kept = Path(evaluate.checkpoints("run")[-1]).read_bytes()
-    for argv, word in [(["--lr", "1"], "--lr 1.0 (was 0.001)"), ([], "--steps"),
+    for argv, word in [(["--lr", "1"], "--lr 1.0 (was 0.005)"), ([], "--steps"),
                        (["--data", "checkerboard"], "--data checkerboard")]:
         assert train.main(["--resume", "run", *argv]) == 2
         assert word in capsys.readouterr().err
