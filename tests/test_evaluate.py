@@ -121,16 +121,18 @@ def test_sample_saves_a_labelled_grid_in_the_run(run, capsys):
     assert Path(path).parent == run and Image.open(path).mode == "RGB"
 
 
+@pytest.mark.parametrize("sampler, nfe", [("heun", 19), ("euler", 10), ("edm-stochastic", 19)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_generate_starts_from_the_schedules_own_noise(schedule):
-    """With D = 0 (all data at 0), x at t_0 is s sigma noise, whatever the row."""
+def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
+    """With D = 0 (all data at 0), x at t_0 is s sigma noise, whatever the row and the sampler."""
     seen = []
 
     def denoise(x, sigma, labels=None):
         seen.append((x.std().item(), float(sigma)))
         return torch.zeros_like(x)
     row = SCHEDULES[schedule]()
-    x = evaluate.generate(denoise, range(2000), (2,), "heun", row, 10, batch=2000)
+    x = evaluate.generate(denoise, range(2000), (2,), sampler, row, 10, batch=2000)
+    assert len(seen) == nfe
     assert seen[0][0] == pytest.approx(seen[0][1], rel=0.05)             # D sees x/s
     assert x.std() < 0.05 * seen[0][1]
 

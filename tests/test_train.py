@@ -239,6 +239,15 @@ def test_resume_refuses_what_would_not_be_the_same_run(capsys):
     assert train.main(["--resume", "run", "--steps", "3"]) == 0
 
 
+def test_resume_refuses_data_that_has_changed(capsys):
+    argv = ["--data", "images.npz", *TINY, "--steps", "1", "--out", "run"]
+    assert train.main(argv) == 0
+    np.savez("images.npz", images=np.zeros((40, 8, 8, 3), np.uint8))
+    capsys.readouterr()
+    assert train.main(["--resume", "run", "--steps", "2"]) == 2
+    assert "other data" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_named(capsys):
     assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
     path = Path(evaluate.checkpoints("run")[-1])
