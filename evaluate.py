@@ -43,7 +43,9 @@ POINT_SETS = ("two-gaussians", "two-gaussians-64d", "checkerboard", "swiss-roll"
 BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no EPS: it starts Ghostscript
-CIFAR_URLS = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",)
+CIFAR_URLS = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+              "https://web.archive.org/web/2023id_/"
+              "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz")
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 MNIST_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/")
