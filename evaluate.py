@@ -569,7 +569,7 @@ def to_uint8(x):
 
 
 def tile(x, columns=None, cell=64):
-    """Images (n, C, H, W) uint8 -> one PIL image, nearly square, pixels enlarged to show."""
+    """Images (n, C, H, W) uint8 -> one PIL image, pixels enlarged; columns None: nearly square."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     rows, zoom = math.ceil(len(x) / columns), max(1, cell // x.shape[-1])
     page = np.zeros((rows * columns, *x.shape[1:]), np.uint8)

@@ -127,7 +127,7 @@ def stf_loss(denoise, x0, noise, sigma, weight, reference, labels=None, referenc
     """Stable target field: lambda(sigma) |D(x; sigma) - stf_target|^2   (STF eq. 6, Algorithm 1).
 
     x0, noise (B, ...), sigma (B, 1, ..., 1), reference (n, ...) that has the rows of x0 among its
-    own -> (B,).  Same minimiser as dsm_loss, less variance.  Needs: stf_target.
+    own -> (B,).  Same minimiser as dsm_loss, never more variance.  Needs: stf_target.
     """
     x = x0 + sigma * noise                                                        # (B, ...)
     target = stf_target(x, sigma, reference, labels, reference_labels)            # (B, ...)

@@ -178,7 +178,7 @@ def draw_batch(pixels, labels, options, schedule, step):
     rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
     flip = torch.rand(n, generator=g) < 0.5 if options["xflip"] else None
     u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
-    reference = load_rows(pixels, rows, flip, device)                                 # (n, ...)
+    reference = load_rows(pixels, rows, flip, device)                             # (n, ...)
     x0 = reference[:B]                                                            # (B, ...)
     g = generator(options["seed"], step, 1, device)
     noise = torch.randn(x0.shape, generator=g, device=device)                     # (B, ...)
@@ -235,7 +235,8 @@ def train(options, data, run, state, denoiser, ema):
 def loss_weight(options):
     """lambda(sigma), the weight on |D - x0|^2: the schedule row's own, or the named one.
 
-    Normalised: E[lambda sigma^2] = 1 under p_train(sigma), so that weights differ in shape alone.
+    Normalised: E[lambda sigma^2] = 1 under p_train(sigma), so that weights differ in shape alone;
+    the mean is taken over a million quantiles.
     """
     schedule = evaluate.build_schedule(options)
     weight = schedule.weight if options["weight"] == "schedule" else WEIGHTS[options["weight"]]
