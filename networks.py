@@ -26,6 +26,9 @@ class Denoiser(nn.Module):
     sigma -> (c_skip, c_out, c_in, c_noise), e.g. a schedule row's.  x (B, ...), sigma 0-d or
     (B, 1, ..., 1) -> (B, ...).  The arithmetic around F is float32, or float64 where x is,
     whatever autocast does.
+
+    A model with a head gives twice the channels; `moments` is D and that second half, as it is: of
+    the size of eps^2, for the covariances of SN-DPM and NPR-DPM.  None without a head.
     """
 
     def __init__(self, model, precondition):
@@ -33,12 +36,16 @@ class Denoiser(nn.Module):
         self.model, self.precondition = model, precondition
 
     def forward(self, x, sigma, labels=None, augment_labels=None):
+        return self.moments(x, sigma, labels, augment_labels)[0]
+
+    def moments(self, x, sigma, labels=None, augment_labels=None):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         sigma = torch.as_tensor(sigma).to(x, non_blocking=True)
         sigma = sigma.expand(len(x)).view(-1, *[1] * (x.ndim - 1)) if sigma.ndim == 0 else sigma
         c_skip, c_out, c_in, c_noise = self.precondition(sigma)             # each (B, 1, ..., 1)
-        F_x = self.model(c_in * x, c_noise.flatten(), labels, augment_labels)
-        return c_skip * x + c_out * F_x.to(x.dtype)
+        F_x = self.model(c_in * x, c_noise.flatten(), labels, augment_labels).to(x.dtype)
+        F_x, *head = F_x.split(x.shape[1], dim=1)
+        return c_skip * x + c_out * F_x, head[0] if head else None
 
 
 def target_coefficients(target, sigma, sigma_data=0.5):
@@ -193,14 +200,15 @@ class Block(nn.Module):
 class MLP(nn.Module):
     """Points: depth hidden layers of SiLU, x beside an embedding of c_noise (and label).  (B, d).
 
-    Needs: sinusoids, one_hot.
+    head: d more outputs, see Denoiser.  Needs: sinusoids, one_hot.
     """
 
-    def __init__(self, dim, width=128, depth=3, classes=0):
+    def __init__(self, dim, width=128, depth=3, classes=0, head=False):
         super().__init__()
         self.width, self.classes = width, classes
         sizes = [dim + width + classes] + [width] * depth
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.head = nn.Linear(width, dim) if head else None
         self.out = nn.Linear(width, dim)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
@@ -209,7 +217,8 @@ class MLP(nn.Module):
         h = torch.cat([x, noise, label], dim=1)                         # (B, d + width + classes)
         for layer in self.hidden:
             h = F.silu(layer(h))
-        return self.out(h)
+        out = self.out(h)
+        return out if self.head is None else torch.cat([out, self.head(h.detach())], dim=1)
 
 
 class UNet(nn.Module):
@@ -228,13 +237,14 @@ class UNet(nn.Module):
     residual the input, down-sampled, is added at each level of the encoder (NCSN++)
     adm      the ADM variant of blocks, embedding, output and initialisation
     classes, label_dropout   class labels, and the share of them dropped in training (guidance)
+    head     a second output from the same features, which it does not train: see Denoiser
 
     Needs: Block, Conv, GroupNorm, Fourier, sinusoids, one_hot, initialise.
     """
 
     def __init__(self, size, channels, width=128, mult=(2, 2, 2), blocks=4, attend=(16,),
                  dropout=0.0, classes=0, label_dropout=0.0, augment_dim=0, fourier=False,
-                 residual=False, fir=(1, 1), adm=False):
+                 residual=False, fir=(1, 1), adm=False, head=False):
         super().__init__()
         if size % (1 << (len(mult) - 1)):
             raise ValueError(f"{len(mult)} levels need a size divisible by {1 << (len(mult) - 1)}, "
@@ -250,6 +260,7 @@ class UNet(nn.Module):
         if classes:
             self.map_label = nn.Linear(classes, emb if adm else self.noise_channels, bias=not adm)
 
+        self.head = Conv(width * mult[0], channels, 3) if head else None
         options = dict(emb=emb, dropout=dropout, fir=fir, adm=adm)
         self.enc, skips = self.encoder(size, channels, width, mult, blocks, attend, residual,
                                        options)
@@ -331,9 +342,14 @@ class UNet(nn.Module):
         for name, layer in self.dec.items():
             if isinstance(layer, Block):
                 x = layer(x if layer.cin == x.shape[1] else torch.cat([x, skips.pop()], 1), emb)
+            elif "norm" in name:
+                features = F.silu(layer(x))
             else:
-                x = F.silu(layer(x)) if "norm" in name else layer(x)
-        return self.out_conv(F.silu(self.out_norm(x))) if self.adm else x
+                x = layer(features)
+        if self.adm:
+            features = F.silu(self.out_norm(x))
+            x = self.out_conv(features)
+        return x if self.head is None else torch.cat([x, self.head(features.detach())], dim=1)
 
 
 def initialise(net, adm):
@@ -343,7 +359,7 @@ def initialise(net, adm):
     ADM: U(+-1/sqrt(fan_in)) for weights and biases, 0 in last layers, N(0, 1) for labels.
     Needs: GroupNorm.
     """
-    last = ("conv1", "proj", "aux_conv", "out_conv") + (("map_augment",) if adm else ())
+    last = ("conv1", "proj", "aux_conv", "out_conv", "head") + (("map_augment",) if adm else ())
     for name, layer in net.named_modules():
         w, b = getattr(layer, "weight", None), getattr(layer, "bias", None)
         if w is None or isinstance(layer, GroupNorm):

@@ -21,10 +21,15 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evaluate
-from evaluate import BadInput, number
-from losses import WEIGHTS, dsm_loss, stf_loss, stf_target
+from datasets import BadInput, load_data, load_rows
+from evaluate import number
+from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
+                    augmented_stf_target, draw_augmentation, dsm_loss, interpolate,
+                    mean_correction, measure_gamma, path_noise, sa_loss, sa_tau, stf_atoms,
+                    stf_loss, stf_target, stf_taylor_terms, taylor_terms)
 from networks import UNETS
 from schedules import SCHEDULES
 
@@ -54,8 +59,23 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
     "cond": (bool, (True, False, False), "class-conditional"),
     "xflip": (bool, False, "mirror each image with probability 1/2"),
-    "loss": (["stf", "dsm"], "stf", "objective"),
-    "ref-batch": (COUNT, (2048, 1024, 4096), "size n of STF's reference, the batch included"),
+    "augment": (SHARE, 0.0, "probability of each of EDM's geometric transforms, as in .12"),
+    "loss": (["stf", "dsm", "antithetic", "sa", "taylor", "stf-taylor"], "stf", "objective"),
+    "ref-batch": (COUNT, (1024, 1024, 4096), "size n of STF's reference, the batch included"),
+    "mean-correction": (bool, True, "correct what STF's targets of a batch have in common"),
+    "K": (COUNT, 2, "sa: consecutive levels"),
+    "lam": (number(float, 0), None, "sa: weight of the gap; none: 1, .3, then .2 for K = 2, 3, 4"),
+    "tau": (["unit", "window", "paper"], "unit", "sa: factors of the K errors"),
+    "level-noise": (["independent", "path"], "independent", "sa: noises of the K levels, as "
+                    "published, or of one path, nearly unbiased"),
+    "order": (number(int, 0, 2), 0, "taylor: of the polynomial"),
+    "trace": (["hutchinson", "exact"], "hutchinson", "taylor: of orders 1 and 2"),
+    "control": (["switch", "atoms"], "switch", "stf-taylor: a control below a noise level and STF "
+                "above it, or both everywhere, the control averaged over the posterior"),
+    "switch": (number(float, 1e-9), (0.1, 0.03, 0.1), "stf-taylor: the noise level"),
+    "atoms": (COUNT, 4, "stf-taylor: references in the control"),
+    "sigma-draw": (["independent", "stratified", "antithetic"], "independent", "noise levels of a "
+                   "batch: the distribution of each is the same"),
     "weight": (["schedule", *WEIGHTS], "schedule", "of the loss; schedule: the row's own"),
     "normalize-weight": (bool, False, "make the weight on eps 1 on average over the noise levels"),
     "target": (["schedule", "eps", "x0", "v", "F"], "schedule", "what the raw network predicts"),
@@ -88,6 +108,9 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
 }
 MAY_CHANGE = {"steps", "device", "sample-every", "sample-steps", "checkpoint-every"}   # in --resume
 KINDS = ("digits", "points", "images")
+BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",), "tau": ("sa",),
+           "level-noise": ("sa",), "order": ("taylor", "stf-taylor"), "control": ("stf-taylor",),
+           "trace": ("taylor", "stf-taylor"), "switch": ("stf-taylor",), "atoms": ("stf-taylor",)}
 
 
 def parser():
@@ -122,7 +145,20 @@ def resolve(given, data):
     options["shape"] = list(data.x.shape[1:])
     options["classes"] = data.classes if options["cond"] else []
     options["fingerprint"] = data.fingerprint
+    strange = [f"--{name} belongs to --loss {' and '.join(losses)}"
+               for name, losses in BELONGS.items()
+               if given[name] is not None and options["loss"] not in losses]
+    taylor, atoms = "taylor" in options["loss"], options["control"] == "atoms"
     for bad, sentence in [
+        (strange, "; ".join(strange)),
+        (taylor and options["target"] == "x0", "--target x0: the network's target holds no noise "
+         "that a Taylor control could take out"),
+        (taylor and atoms and options["order"], "--control atoms has order 0 only: its noises are "
+         "not Gaussian, and the higher orders' means not known"),
+        (taylor and atoms and options["augment"], "--control atoms would have to augment every "
+         "reference; --control switch need not"),
+        (options["loss"] == "sa" and options["K"] > 1000, "--K: the ladder has 1000 levels"),
+        (options["augment"] and kind == 1, "--augment: its transforms are for images"),
         (options["cond"] and data.labels is None, f"--cond: {data.name} has no labels"),
         ((options["arch"] == "mlp") != (kind == 1), "--arch mlp is for points, and only that is; "
          f"{data.name} has shape {tuple(options['shape'])}"),
@@ -154,36 +190,188 @@ def generator(seed, step, stream, device="cpu"):
 
     torch's CPU generator keeps 32 bits of its seed: (seed << 32) + step would forget the seed.
     """
-    return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + 2 * step + stream) % 2 ** 32)
-
-
-def load_rows(pixels, rows, flip, device):
-    """uint8 rows (n, C, H, W) -> float32 in [-1, 1], mirrored where flip (n,); points as is."""
-    x = pixels[rows.to(pixels.device)].to(device)
-    if x.dtype != torch.uint8:
-        return x
-    x = x.float() / 127.5 - 1
-    return x if flip is None else torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
+    return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + 4 * step + stream) % 2 ** 32)
 
 
 def draw_batch(pixels, labels, options, schedule, step):
-    """The batch of a step: x0, noise, sigma, and the reference, whose first rows are x0.
+    """The batch of a step: a dict of what the objective needs.
 
-    Rows are drawn without repetition; so --ref-batch N is the whole set, and each x0 is as likely
-    to be any row of its reference, which keeps STF unbiased.
+    reference (n, ...) are rows without repetition, and its first B the sources of x0: so
+    --ref-batch N is the whole set, and each x0 is as likely to be any row of its reference, which
+    keeps STF unbiased.  x0 (B, ...) are the sources, augmented by a (B, 8) if asked for.
     """
-    B, n, N, device = options["batch"], options["ref-batch"], len(pixels), options["device"]
-    n = n if options["loss"] == "stf" else B
+    B, N, device, K = options["batch"], len(pixels), options["device"], options["K"]
+    n = options["ref-batch"] if "stf" in options["loss"] else B
     g = generator(options["seed"], step, 0)
     rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
     flip = torch.rand(n, generator=g) < 0.5 if options["xflip"] else None
     u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
+    if options["sigma-draw"] == "stratified":
+        u = (torch.arange(B) + u) / B
+    elif options["sigma-draw"] == "antithetic":
+        u = torch.cat([u[:(B + 1) // 2], 1 - u[:B // 2]])
+    sigma = schedule.training_sigma(u)                                            # (B,)
+
     reference = load_rows(pixels, rows, flip, device)                             # (n, ...)
-    x0 = reference[:B]                                                            # (B, ...)
+    label = labels[rows].to(device) if options["cond"] else None
+    batch = dict(reference=reference, reference_labels=label, source=reference[:B],
+                 x0=reference[:B], labels=None if label is None else label[:B], a=None,
+                 uniform=torch.rand(B, generator=g).to(device))
+    if options["augment"]:
+        g = generator(options["seed"], step, 2)
+        batch["a"] = draw_augmentation(B, options["augment"], g).to(device)       # (B, 8)
+        batch["x0"] = augment(batch["x0"], batch["a"])
+    if options["loss"] == "stf-taylor":
+        batch["low"], batch["high"] = ((on.nonzero().flatten().to(device))
+                                       for on in (sigma < options["switch"],
+                                                  sigma >= options["switch"]))
+    shape = batch["x0"].shape
+    if options["loss"] == "sa":
+        ladder = ladder_of(schedule)                                              # (T,)
+        t = torch.searchsorted(ladder, sigma).clamp(max=len(ladder) - 1) + 1      # (B,)
+        levels = t - torch.arange(K)[:, None]                                     # (K, B)
+        sigma, shape = ladder[levels.clamp(min=1) - 1], (K, *shape)
+        batch["tau"] = sa_tau(ladder, t, K, options["tau"])
     g = generator(options["seed"], step, 1, device)
-    noise = torch.randn(x0.shape, generator=g, device=device)                     # (B, ...)
-    sigma = schedule.training_sigma(u).to(noise).view(-1, *[1] * (x0.ndim - 1))   # (B, 1, ..., 1)
-    return x0, noise, sigma, reference, labels[rows].to(device) if options["cond"] else None
+    batch["noise"] = torch.randn(shape, generator=g, device=device)               # (B, ...)
+    batch["probe"] = (torch.randn(shape, generator=g, device=device).sign() if options["order"]
+                      else None)
+    for name, values in [("sigma", sigma), ("tau", batch.get("tau"))]:
+        if values is not None:                                                    # (B, 1, ..., 1)
+            ones = [1] * (reference.ndim - 1)
+            batch[name] = values.to(batch["noise"]).view(*values.shape, *ones)
+    if options["loss"] == "sa" and options["level-noise"] == "path":
+        batch["noise"] = path_noise(batch["noise"], batch["sigma"])
+    return batch
+
+
+def ladder_of(schedule):
+    """sigma_1 < ... < sigma_T: a discrete row's levels, or 1000 time steps of a continuous one."""
+    if hasattr(schedule, "levels"):
+        return schedule.levels.sort().values
+    return schedule.sigma(schedule.time_steps(1000)[:-1]).flip(0)
+
+
+def part(batch, rows):
+    """The batch of these samples alone, with the same reference."""
+    shared = ("reference", "reference_labels", "low", "high")
+    return {name: value if value is None or name in shared else value[rows]
+            for name, value in batch.items()}
+
+
+# ---- Objectives ----------------------------------------------------------------------------------
+
+def objective(options, denoiser, batch, tools):
+    """The loss of each sample, (B,): --loss."""
+    kind, c_skip = options["loss"], tools["c_skip"]
+    denoise = bind(denoiser, batch)
+    common = denoise, batch["x0"], batch["noise"], batch["sigma"], tools["weight"]
+    if kind == "dsm":
+        return dsm_loss(*common)
+    if kind == "antithetic":
+        return antithetic_loss(*common)
+    if kind == "stf":
+        return stf_loss(*common, partial(stable_target, batch, tools))
+    if kind == "sa":
+        lam = {1: 0.0, 2: 1.0, 3: 0.3}.get(options["K"], 0.2)
+        return sa_loss(*common, batch["tau"], lam if options["lam"] is None else options["lam"])
+    if kind == "stf-taylor" and options["control"] == "switch":
+        groups = [("taylor", batch["low"]), ("stf", batch["high"])]
+        return torch.cat([objective(options | {"loss": kind}, denoiser, part(batch, rows), tools)
+                          for kind, rows in groups if len(rows)])
+    loss, control = control_terms(options, denoise, batch, tools)
+    return loss - tools["beta"](batch["sigma"]).flatten() * control
+
+
+def bind(denoiser, batch):
+    """denoise(x, sigma) for the batch's labels, of class and of augmentation."""
+    a = None if batch["a"] is None else augment_labels(batch["a"])
+    return partial(denoiser, labels=batch["labels"], augment_labels=a)
+
+
+def stable_target(batch, tools, x, sigma):
+    """STF's target of x, given the batch's reference, labels and augmentation."""
+    given = batch["reference"], batch["labels"], batch["reference_labels"]
+    correction = tools["correction"](batch) if tools["correction"] else torch.zeros_like(x)
+    if batch["a"] is None:
+        return stf_target(x, sigma, *given) - correction
+    target = augmented_stf_target(x, sigma, batch["reference"], batch["a"], *given[1:])
+    return target - augment(correction, batch["a"])
+
+
+def control_terms(options, denoise, batch, tools):
+    """The loss and its Taylor control, (B,) each."""
+    common = (denoise, batch["x0"], batch["noise"], batch["sigma"], tools["weight"],
+              tools["c_skip"])
+    if options["loss"] == "stf-taylor" and options["control"] == "atoms":
+        def atoms(x, sigma):
+            y, mass, target = stf_atoms(x, sigma, batch["reference"], batch["uniform"],
+                                        min(options["atoms"], len(batch["reference"])),
+                                        batch["labels"], batch["reference_labels"])
+            return y, mass, target - (tools["correction"](batch) if tools["correction"] else 0)
+        return stf_taylor_terms(*common, atoms)
+    probe = batch["probe"] if options["trace"] == "hutchinson" else None
+    if options["order"] == 0:
+        return taylor_terms(*common)
+    with sdpa_kernel(SDPBackend.MATH):              # the one attention with second derivatives
+        return taylor_terms(*common, options["order"], probe)
+
+
+def update_beta(options, denoiser, batch, tools, step):
+    """The control's coefficient for later steps, from the last layer's gradients of 16 samples."""
+    m = min(16, options["batch"])
+    g = generator(options["seed"], step, 3, options["device"])
+    small = part(batch, torch.arange(m, device=options["device"]))
+    u = torch.rand(small["sigma"].shape, generator=g, device=options["device"])
+    u = (torch.arange(m, device=options["device"]).view_as(u) + u) / m
+    small["sigma"] = 0.002 * 500 ** u                                             # up to 1
+    small["noise"] = torch.randn(small["x0"].shape, generator=g, device=options["device"])
+    loss, control = control_terms(options, bind(denoiser, small), small, tools)
+    tools["beta"].update(small["sigma"], loss, control, list(denoiser.parameters())[-2:])
+
+
+def build_tools(pixels, labels, options):
+    """What a run's objective needs besides the batch; None where the loss has no use for it."""
+    schedule, stable = evaluate.build_schedule(options), "stf" in options["loss"]
+    return dict(
+        weight=evaluate.loss_weight(options),
+        c_skip=lambda sigma: evaluate.precondition(options["target"], schedule, sigma)[0],
+        beta=RunningBeta(device=options["device"]) if "taylor" in options["loss"] else None,
+        correction=build_correction(pixels, labels, options)
+        if stable and options["mean-correction"] and options["batch"] <= len(pixels) else None)
+
+
+def build_correction(pixels, labels, options):
+    """correction(batch) -> (B, ...): mean_correction, with what it needs to know of the data.
+
+    Once a run: the data's sums by class, and gamma from a reference of the run's size.
+    """
+    N, device, n = len(pixels), options["device"], options["ref-batch"]
+    key = labels + 1 if options["cond"] else torch.zeros(N, dtype=torch.int64)    # 0: no class
+    mirror = (lambda x: (x + x.flip(-1)) / 2) if options["xflip"] else (lambda x: x)
+    load = lambda rows: mirror(load_rows(pixels, rows, None, device))
+    count = torch.bincount(key).to(device).view(-1, *[1] * (pixels.ndim - 1))
+    total = torch.zeros(len(count), *pixels.shape[1:], dtype=torch.float64, device=device)
+    for rows in torch.arange(N).split(4096):
+        total.index_add_(0, key[rows].to(device), load(rows).double())
+
+    m = min(128, n)
+    rows = torch.randperm(N, generator=generator(options["seed"], 0, 3))[:n]
+    reference = load_rows(pixels, rows, None, device)                             # (n, ...)
+    x0, classes = reference[:m], ()
+    if options["cond"]:
+        classes = labels[rows[:m]].to(device), labels[rows].to(device)
+    noise = torch.randn(x0.shape, generator=generator(options["seed"], 0, 3)).to(device)
+    levels = torch.logspace(-2, 2, 17).to(device)
+    gamma = interpolate(levels, measure_gamma(x0, noise, levels, reference, *classes))
+
+    def correction(batch):
+        k = 0 if batch["labels"] is None else batch["labels"] + 1
+        mu = (total[k] - mirror(batch["source"])) / (count[k] - 1).clamp(min=1)
+        return mean_correction(batch["source"], batch["sigma"], batch["reference"],
+                               mu.to(batch["source"]), gamma, batch["labels"],
+                               batch["reference_labels"])
+    return correction
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -191,7 +379,7 @@ def draw_batch(pixels, labels, options, schedule, step):
 def train(options, data, run, state, denoiser, ema):
     """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder."""
     device, B = options["device"], options["batch"]
-    schedule, weight = evaluate.build_schedule(options), loss_weight(options)
+    schedule = evaluate.build_schedule(options)
     pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
     labels = None if labels is None else torch.from_numpy(labels)
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
@@ -201,17 +389,15 @@ def train(options, data, run, state, denoiser, ema):
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     log = Log(run, state["step"], options)
+    tools = build_tools(pixels, labels, options)
+    if tools["beta"] and state["beta"] is not None:
+        tools["beta"].sums = state["beta"]
 
     denoiser.train()
     for step in range(state["step"], options["steps"]):
         torch.manual_seed(options["seed"] + step)       # dropout, too, is a function of the step
-        x0, noise, sigma, reference, label = draw_batch(pixels, labels, options, schedule, step)
-        denoise = partial(denoiser, labels=None if label is None else label[:B])
-        if options["loss"] == "dsm":
-            loss = dsm_loss(denoise, x0, noise, sigma, weight)                    # (B,)
-        elif options["loss"] == "stf":
-            loss = stf_loss(denoise, x0, noise, sigma, weight, reference,
-                            None if label is None else label[:B], label)          # (B,)
+        batch = draw_batch(pixels, labels, options, schedule, step)
+        loss = objective(options, denoiser, batch, tools)                         # (B,)
 
         optimizer.param_groups[0]["lr"] = learning_rate(options, step)
         loss.mean().backward()
@@ -219,33 +405,19 @@ def train(options, data, run, state, denoiser, ema):
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, denoiser, options, (step + 1) * B)
+        if tools["beta"] and step % 25 == 0:
+            update_beta(options, denoiser, batch, tools, step)
 
         log.step(step + 1, loss.mean(), norm)
         last = step + 1 == options["steps"]
         if last or (step + 1) % options["checkpoint-every"] == 0:
             log.flush()
-            save_checkpoint(run, step + 1, denoiser, ema, optimizer, options)
+            save_checkpoint(run, step + 1, denoiser, ema, optimizer, options, tools)
         if last or (options["sample-every"] and (step + 1) % options["sample-every"] == 0):
             log.flush()
             save_samples(run, step + 1, denoiser, ema, options, data)
             denoiser.train()
     log.close()
-
-
-def loss_weight(options):
-    """lambda(sigma), the weight on |D - x0|^2: the schedule row's own, or the named one.
-
-    Normalised: E[lambda sigma^2] = 1 under p_train(sigma), so that weights differ in shape alone;
-    the mean is taken over a million quantiles.
-    """
-    schedule = evaluate.build_schedule(options)
-    weight = schedule.weight if options["weight"] == "schedule" else WEIGHTS[options["weight"]]
-    if not options["normalize-weight"]:
-        return weight
-    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
-    sigma = schedule.training_sigma(u)
-    mean = (weight(sigma) * sigma ** 2).mean().item()
-    return lambda sigma: weight(sigma) / mean
 
 
 def learning_rate(options, step):
@@ -264,10 +436,11 @@ def update_ema(ema, denoiser, options, images):
         average.lerp_(weight, 1 - beta)
 
 
-def save_checkpoint(run, step, denoiser, ema, optimizer, options):
+def save_checkpoint(run, step, denoiser, ema, optimizer, options, tools):
     """Plain tensors and JSON-able options, whole or not at all; the two newest are kept."""
     state = dict(step=step, options=options, model=denoiser.state_dict(), ema=ema.state_dict(),
-                 optimizer=optimizer.state_dict())
+                 optimizer=optimizer.state_dict(),
+                 beta=tools["beta"].sums if tools["beta"] else None)
     path = os.path.join(run, f"checkpoint-{step:07d}.pt")
     with open(path + ".part", "wb") as f:
         torch.save(state, f)
@@ -340,64 +513,6 @@ class Log:
         evaluate.status(None)
 
 
-# ---- Report --------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def noise_table(options, data, ema, count=128):
-    """Rows (sigma, DSM loss, STF loss): the same `count` images and noise at each noise level.
-
-    Both score the same D, against x0 and against its posterior mean given the reference.  The
-    difference is the variance of DSM's target: noise that no network can learn, and where STF acts.
-    """
-    lam, device = loss_weight(options), options["device"]
-    g = torch.Generator().manual_seed(options["seed"])
-    rows = torch.randperm(len(data.x), generator=g)[:max(options["ref-batch"], count)]
-    reference = load_rows(torch.from_numpy(data.x), rows, None, device)
-    label = torch.from_numpy(data.labels)[rows].to(device) if options["cond"] else None
-    x0, mine = reference[:count], None if label is None else label[:count]
-    noise = torch.randn(x0.shape, generator=g).to(device)
-    table = []
-    for level in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50):
-        sigma = torch.full((len(x0), *[1] * (x0.ndim - 1)), float(level), device=device)
-        x = x0 + sigma * noise
-        D = torch.cat([ema(x[i:i + 64], sigma[i:i + 64], None if mine is None else mine[i:i + 64])
-                       for i in range(0, len(x), 64)])
-        target = stf_target(x, sigma, reference, mine, label)
-        weight = lam(sigma)
-        table.append((level, (weight * (D - x0) ** 2).mean().item(),
-                      (weight * (D - target) ** 2).mean().item()))
-    return table
-
-
-def report(options, data, run, ema, seconds, count=128):
-    """What a person wants to know at the end, on the terminal and as the log's last line."""
-    table = noise_table(options, data, ema.eval())
-    count = min(count, len(data.x) // 2)
-    labels = torch.arange(count) % len(options["classes"]) if options["cond"] else None
-    fake = evaluate.generate(ema, range(count), options["shape"], "heun",
-                             evaluate.build_schedule(options), options["sample-steps"], labels,
-                             device=options["device"])
-    g = torch.Generator().manual_seed(options["seed"])
-    rows = torch.randperm(len(data.x), generator=g)[:10_000].split(500)
-    pixels = torch.from_numpy(data.x)
-    real = np.concatenate([evaluate.pixel_features(load_rows(pixels, r, None, "cpu"))
-                           for r in rows])
-    reference = evaluate.moments(real[count:])
-    distance, floor = (evaluate.frechet_distance(*evaluate.moments(features), *reference)
-                       for features in (evaluate.pixel_features(fake), real[:count]))
-    print(f"\n{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
-          "   sigma   DSM loss   STF loss   target noise in DSM (chance no network can learn)")
-    for sigma, dsm, stf in table:
-        print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {1 - stf / dsm:12.0%}")
-    space = "pixel space" if data.x.ndim == 4 else "the points' space"
-    print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
-          f"{2 * options['sample-steps'] - 1}): {distance:.3f}\n"
-          f"{'the floor, ' + str(count) + ' real images instead':>40}: {floor:.3f}\n")
-    with open(os.path.join(run, "log.jsonl"), "a") as f:
-        f.write(json.dumps(dict(step=options["steps"], frechet_pixels=distance, floor=floor,
-                                count=count, loss_by_sigma=table)) + "\n")
-
-
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -418,7 +533,7 @@ def run_training(given):
     if again:
         run = evaluate.newest_run("runs") if again == "newest" else again
         stored = evaluate.read_options(run, [*OPTIONS, "shape", "classes", "fingerprint"])
-    data = evaluate.load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
+    data = load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
                                 for name in ("data", "data-dir", "size")))
     options = resume(given, stored, data, run) if again else resolve(given, data)
     torch.manual_seed(options["seed"])
@@ -431,7 +546,8 @@ def run_training(given):
         print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
         return 0
 
-    ema, state = copy.deepcopy(denoiser).requires_grad_(False), dict(step=0, optimizer=None)
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    state = dict(step=0, optimizer=None, beta=None)
     if again and evaluate.checkpoints(run):
         state = evaluate.load_checkpoint(run, options["device"])
         evaluate.load_weights(denoiser, state, "model", run)
@@ -444,7 +560,7 @@ def run_training(given):
     print(f"run       {run}" + (f", from step {state['step']}" if again else ""), flush=True)
     start = time.time()
     train(options, data, run, state, denoiser, ema)
-    report(options, data, run, ema, time.time() - start)
+    evaluate.report(options, data, run, ema, time.time() - start)
     print(f"samples     {run}/samples-{options['steps']:07d}.png\nlog         {run}/log.jsonl\n"
           f"checkpoint  {evaluate.checkpoints(run)[-1]}\n"
           f"next        python evaluate.py sample {run}")

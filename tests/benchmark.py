@@ -2,14 +2,15 @@
 
     python tests/benchmark.py [--quick] [--json FILE]
 
-"other" is the published form of the stable target, which broadcasts (B, n, d), or plain DSM.  Every
-time is a median of runs taken in turn with those of its rival, so that load on the machine falls on
-both.  Memory is what a fresh process peaks at above what it holds with its inputs made.  Errors are
-relative, in norm, the largest of the batch, against float64 row by row.
+"other" is the published form of the stable target, which broadcasts (B, n, d), or what is named.
+Every time is a median of runs taken in turn with those of its rivals, so that load on the machine
+falls on all.  Memory is what a fresh process peaks at above what it holds with its inputs made.
+Errors are relative, in norm, the largest of the batch, against float64 row by row.
 The full run needs about 7 GiB of free memory.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -23,9 +24,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import datasets
+import evaluate
 import losses
-import networks
-import schedules
+import train
 
 
 def broadcast_target(x, sigma, reference):
@@ -145,22 +147,35 @@ def stf_target_rows(quick):
         yield "    against the product form in float32", mine, product
 
 
-def stf_loss_rows(quick):
-    """A training step's forward and backward pass on the default network, STF against DSM."""
-    B, n, repeats = (16, 512, 3) if quick else (64, 4096, 5)
-    row = schedules.EDM()
-    net = networks.Denoiser(networks.UNet(16, 3, **networks.UNETS["unet"]), row.precondition)
-    _, _, reference = problem(B, n, side=16)
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.randn(B, 3, 16, 16, generator=generator)
-    sigma = row.training_sigma(torch.rand(B, 1, 1, 1, generator=generator))
+OBJECTIVES = ("dsm", "stf", "stf --no-mean-correction", "antithetic", "sa --K 2", "sa --K 3",
+              "taylor", "taylor --order 1", "taylor --order 2", "stf-taylor",
+              "stf-taylor --control atoms")
 
-    def step(loss, *rest):
-        loss(net, reference[:B], noise, sigma, row.weight, *rest).mean().backward()
 
-    dsm, stf = median_times(repeats, lambda: step(losses.dsm_loss),
-                            lambda: step(losses.stf_loss, reference))
-    yield f"stf_loss step (other: dsm_loss), seconds, B {B}, n {n}, d 768", stf, dsm
+def objective_rows(quick):
+    """A whole training step of the default run (draw, loss, backward, update), by objective."""
+    data, steps = datasets.load_data("digits"), []
+    pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
+    for objective in OBJECTIVES:
+        given = vars(train.parser().parse_args(["--loss", *objective.split()]))
+        options = train.resolve({k.replace("_", "-"): v for k, v in given.items()}, data)
+        denoiser, schedule = evaluate.build_denoiser(options), evaluate.build_schedule(options)
+        tools, optimizer = train.build_tools(pixels, labels, options), torch.optim.AdamW(
+            denoiser.parameters(), fused=True)
+        numbers = itertools.count()
+
+        def step(options=options, denoiser=denoiser, schedule=schedule, tools=tools,
+                 optimizer=optimizer, numbers=numbers):
+            n = next(numbers)
+            batch = train.draw_batch(pixels, labels, options, schedule, n)
+            train.objective(options, denoiser, batch, tools).mean().backward()
+            optimizer.step(), optimizer.zero_grad()
+            if tools["beta"] and n % 25 == 0:
+                train.update_beta(options, denoiser, batch, tools, n)
+        steps.append(step)
+    dsm, *rest = median_times(1 if quick else 5, *steps)
+    for objective, seconds in zip(OBJECTIVES[1:], rest):
+        yield f"training step, seconds: dsm (other: {objective})", dsm, seconds
 
 
 def main(argv=None):
@@ -176,7 +191,7 @@ def main(argv=None):
     machine = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
     print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)
     rows = []
-    for part in (stf_target_rows, stf_loss_rows):
+    for part in (stf_target_rows, objective_rows):
         for what, mine, other in part(options.quick):
             ratio = other / mine if mine else float("inf")
             rows.append(dict(what=what, this_repo=mine, other=other, ratio=ratio))

@@ -71,6 +71,7 @@ IDENTITY = types.SimpleNamespace(sigma=lambda t: t, dsigma=torch.ones_like, s=to
                                  ds=torch.zeros_like)
 GRID = torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
 IMAGE = torch.linspace(-1, 1, 2 * 8 * 4 * 4).view(2, 8, 4, 4)
+PAST = []
 LAYERS = torch.nn.Sequential(torch.nn.Linear(3, 3))
 EMB = torch.linspace(-1, 1, 2 * 16).view(2, 16)
 
@@ -87,6 +88,16 @@ def unet(cls, adm):
               residual=not adm, fir=(1, 3, 3, 1), augment_dim=9, adm=adm)
     x = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
     return net(x, torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), torch.ones(2, 9))
+
+
+PAIR = torch.stack(start()[:2])
+WARP = torch.tensor([[1.0, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [1, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def running_beta(beta):
+    sigma, theta = start()[2], torch.ones(2, requires_grad=True)
+    beta.update(sigma, (PAIR[0] * theta).sum(1), (PAIR[1] * theta).sum(1), [theta])
+    return torch.cat([beta.sums.flatten(), beta(sigma).flatten()])
 
 
 CALLS = {
@@ -106,12 +117,54 @@ CALLS = {
                                                 for c in f(target, start()[2])]),
     "dsm_loss": lambda f: f(denoise, *start(), torch.reciprocal),
     "stf_target": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
-    "stf_loss": lambda f: f(denoise, *start(), torch.reciprocal, start()[0]),
+    "antithetic_loss": lambda f: f(denoise, *start(), torch.reciprocal),
+    "together": lambda f: f(denoise, PAIR, start()[2].expand(2, 4, 1)),
+    "stf_weights": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
+    "stf_loss": lambda f: f(denoise, *start(), torch.reciprocal, torch.multiply),
+    "others_mean": lambda f: torch.cat(f(start()[0], PAIR.flatten(0, 1)), dim=1),
+    "mean_correction": lambda f: f(start()[0], start()[2], PAIR.flatten(0, 1), start()[1],
+                                   torch.reciprocal),
+    "measure_gamma": lambda f: f(*start()[:2], start()[2][:, 0], PAIR.flatten(0, 1)),
+    "interpolate": lambda f: f(torch.tensor([0.1, 1.0, 2.0]), PAIR[0, :3, 0])(start()[2]),
+    "sa_tau": lambda f: torch.cat([f(GRID[:3].flip(0), torch.tensor([1, 3]), 2, kind)
+                                   for kind in ("unit", "window", "paper")]),
+    "path_noise": lambda f: f(PAIR, torch.stack([2 * start()[2], start()[2]])),
+    "sa_loss": lambda f: f(denoise, start()[0], PAIR, start()[2].expand(2, 4, 1),
+                           torch.reciprocal, torch.ones(2, 4, 1)),
+    "taylor_control": lambda f: f(start()[0], *start(), 0.5),
+    "taylor_terms": lambda f: torch.cat([t for order in (0, 1, 2) for t in f(
+        lambda x, s: s * x.sin(), *start(), torch.reciprocal, torch.reciprocal, order)]),
+    "stf_atoms": lambda f: torch.cat([t.flatten() for t in f(
+        start()[0], start()[2], start()[1], start()[2][:, 0] / 2, K=2)]),
+    "stf_taylor_terms": lambda f: torch.cat(f(
+        denoise, *start(), torch.reciprocal, torch.reciprocal,
+        lambda x, s: (PAIR, PAIR.new_full((2, 4), 0.5), x))),
+    "RunningBeta": lambda f: running_beta(f()),
+    "draw_augmentation": lambda f: f(4, 0.5),
+    "augment_labels": lambda f: f(WARP),
+    "augment": lambda f: f(IMAGE, WARP),
+    "augmented_stf_target": lambda f: f(IMAGE, EMB[:, :1, None, None].abs(), IMAGE.flip(1), WARP),
     "ode_slope": lambda f: f(denoise, start()[0], GRID[0], IDENTITY),
     "euler": lambda f: f(denoise, start()[0], GRID, IDENTITY),
     "heun": lambda f: f(denoise, start()[0], GRID, IDENTITY),
     "seeded_noise": lambda f: f([1, 2], (3,))(),
     "edm_stochastic": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], S_churn=1.0),
+    "record": lambda f: f(start()[0], PAST, None) or PAST.pop(),
+    "checked": lambda f: f(start()[0], [torch.tensor(True)], GRID),
+    "guidance": lambda f: f(denoise, lambda x, sigma: 0 * x, 2.0)(start()[0], GRID[0]),
+    "dormand_prince": lambda f: torch.cat(f(lambda x, t: t * x, start()[0], GRID[1], GRID[2],
+                                            start()[1])),
+    "rk45": lambda f: f(lambda x, sigma, label: label * denoise(x, sigma), start()[0], GRID,
+                        IDENTITY, labels=(start()[2],))[0],
+    "ddim": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], 0.5,
+                        lambda x, sigma, D: 0.1 * sigma, 1),
+    "ddpm": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], "beta", 2),
+    "analytic_covariance": lambda f: f([0.5, 3.0], [0.4, 0.9])(*start()[:1], GRID[1], None),
+    "sn_covariance": lambda f: f(denoise)(start()[0], GRID[1], start()[1]),
+    "npr_covariance": lambda f: f(denoise)(start()[0], GRID[1], start()[1]),
+    "langevin": lambda f: f(*start()[:2], start()[1], start()[2]),
+    "snr_step": lambda f: f(*start()[:2], 0.16, 0.9),
+    "predictor_corrector": lambda f: f(denoise, start()[0], GRID, IDENTITY, lambda: start()[1]),
 }
 CALLS |= {f"{name}_weight": lambda f: f(start()[2])
           for name in ("constant", "p2", "min_snr", "inverse_snr", "debias", "edm")}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import datasets
 import evaluate
 import losses
 import train
@@ -49,7 +50,7 @@ def test_trains_samples_and_resumes_on_the_gpu(schedule, tmp_path, monkeypatch, 
 
 def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
     given = {k.replace("_", "-"): v for k, v in vars(train.parser().parse_args([])).items()}
-    options = train.resolve(given, evaluate.load_data("digits"))
+    options = train.resolve(given, datasets.load_data("digits"))
     denoiser = evaluate.build_denoiser(options).cuda().eval()
     row = evaluate.EDM()
     t = row.time_steps(4)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
-from evaluate import BadInput, load_data
+import datasets
+from datasets import BadInput, load_data
 
 
 def noise(*shape, seed=0):
@@ -70,15 +70,15 @@ def idx(x):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return evaluate.digits(2000, seed=0)
+    return datasets.digits(2000, seed=0)
 
 
 def test_digits_are_deterministic_balanced_and_of_the_documented_shape(drawn):
     x, labels = drawn
     assert x.shape == (2000, 3, 16, 16) and x.dtype == np.uint8 and labels.dtype == np.int64
     assert (np.bincount(labels) == 200).all()
-    again, fresh = evaluate.digits(50, seed=7), evaluate.digits(50, seed=8)
-    assert (again[0] == evaluate.digits(50, seed=7)[0]).all()
+    again, fresh = datasets.digits(50, seed=7), datasets.digits(50, seed=8)
+    assert (again[0] == datasets.digits(50, seed=7)[0]).all()
     assert (again[0] != fresh[0]).any() and (again[1] != fresh[1]).any()
 
 
@@ -101,14 +101,14 @@ def test_digits_are_legible_to_nearest_neighbours(drawn):
         x = x.astype(float).mean(1).reshape(len(x), -1)
         x = x - x.mean(1, keepdims=True)
         return x / np.linalg.norm(x, axis=1, keepdims=True)
-    fresh, truth = evaluate.digits(500, seed=1)
+    fresh, truth = datasets.digits(500, seed=1)
     nearest = (features(fresh) @ features(drawn[0]).T).argmax(1)
     assert (drawn[1][nearest] == truth).mean() > 0.94
 
 
 def test_load_data_digits_with_size(tmp_path, monkeypatch):
-    few = evaluate.digits(20)
-    monkeypatch.setattr(evaluate, "digits", lambda: few)
+    few = datasets.digits(20)
+    monkeypatch.setattr(datasets, "digits", lambda: few)
     whole, small = load_data("digits", tmp_path), load_data("digits", tmp_path, size=8)
     assert whole.x.shape == (20, 3, 16, 16) and (whole.x == few[0]).all()
     assert small.x.shape == (20, 3, 8, 8) and (small.labels == whole.labels).all()
@@ -120,7 +120,7 @@ def test_load_data_digits_with_size(tmp_path, monkeypatch):
                             "10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
 
 
-@pytest.mark.parametrize("name", evaluate.POINT_SETS)
+@pytest.mark.parametrize("name", datasets.POINT_SETS)
 def test_point_sets_have_mean_0_and_deviation_half(name):
     a, b = load_data(name), load_data(name)
     assert a.x.shape == (20_000, 64 if name.endswith("64d") else 2) and a.x.dtype == np.float32
@@ -228,7 +228,7 @@ def test_large_set_is_decoded_once_into_a_cache_file(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "f", {f"{i}.png": png(x[i]) for i in range(3)})
     plain = load_data(str(folder), tmp_path / "data")
     assert not (tmp_path / "data").exists()        # small sets leave nothing behind
-    monkeypatch.setattr(evaluate, "IN_MEMORY_BYTES", 30)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 30)
     first = load_data(str(folder), tmp_path / "data")
     files = list((tmp_path / "data" / "cache").iterdir())
     assert [f.name for f in files] == [f"f-{first.fingerprint}.npy"]
@@ -237,7 +237,7 @@ def test_large_set_is_decoded_once_into_a_cache_file(tmp_path, monkeypatch):
     spoiled = load_data(str(folder), tmp_path / "data").x
     spoiled[:] = 0                                 # torch wants it writable; the file stays
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "decode", None)    # decoding again would fail
+        patch.setattr(datasets, "decode", None)    # decoding again would fail
         again = load_data(str(folder), tmp_path / "data")
     assert (again.x == plain.x).all() and again.source == first.source
     (folder / "1.png").write_bytes(png(x[0]))
@@ -253,13 +253,13 @@ def test_large_set_is_decoded_once_into_a_cache_file(tmp_path, monkeypatch):
     for file in (tmp_path / "data" / "cache").iterdir():
         file.write_bytes(b"damaged")
     with pytest.raises(BadInput, match="delete it"):
-        evaluate.gather(2, None, None, f"f-{first.fingerprint}", tmp_path / "data")
+        datasets.gather(2, None, None, f"f-{first.fingerprint}", tmp_path / "data")
 
 
 def test_a_full_disk_is_refused_before_decoding(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "f", {f"{i}.png": png(noise(4, 4)) for i in range(3)})
-    monkeypatch.setattr(evaluate, "IN_MEMORY_BYTES", 10)
-    monkeypatch.setattr(evaluate.shutil, "disk_usage", lambda path: mock.Mock(free=1000))
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path: mock.Mock(free=1000))
     with pytest.raises(BadInput, match="no room .* --data-dir with 48 bytes"):
         load_data(str(folder), tmp_path / "data")
     (tmp_path / "file").write_bytes(b"")           # a data_dir that cannot be a folder
@@ -293,7 +293,7 @@ def test_npy_and_npz_layouts(tmp_path):
 def test_large_npy_stays_on_disk(tmp_path, monkeypatch):
     x = noise(4, 6, 6, 3)
     np.save(tmp_path / "a.npy", x)
-    monkeypatch.setattr(evaluate, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 100)
     data = load_data(str(tmp_path / "a.npy"), tmp_path / "data")
     assert isinstance(data.x, np.memmap) and (data.x == x.transpose(0, 3, 1, 2)).all()
     assert not (tmp_path / "data").exists()
@@ -467,7 +467,7 @@ def test_members_that_are_too_large_are_refused(tmp_path, monkeypatch):
     write_zip(tmp_path / "a.zip", PNGS)
     write_folder(tmp_path / "f", PNGS)
     write_tar(tmp_path / "a.tar.gz", {"data_batch_1.bin": records([1, 2], noise(2, 3, 32, 32))})
-    monkeypatch.setattr(evaluate, "MEMBER_BYTES", 50)
+    monkeypatch.setattr(datasets, "MEMBER_BYTES", 50)
     for name, says in (("a.zip", "0.png"), ("f", "0.png"), ("a.tar.gz", "a.tar.gz")):
         with pytest.raises(BadInput, match=f"{says}: [0-9,]+ bytes are more than the 50"):
             load_data(str(tmp_path / name))
@@ -492,7 +492,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, tmp_path):
     np.save(tmp_path / "a.npy", noise(10, 4, 4))   # a small set shows nothing
     monkeypatch.setattr("sys.stderr", mock.Mock())
     load_data(str(tmp_path / "a.npy"), tmp_path, size=2)
-    assert not evaluate.sys.stderr.write.called
+    assert not datasets.sys.stderr.write.called
 
 
 # ---- Downloads -----------------------------------------------------------------------------------
@@ -540,7 +540,7 @@ def fetched(server, kinds, path, part=None):
         path.parent.mkdir(exist_ok=True)
         path.with_name(path.name + ".part").write_bytes(part)
     server.log.clear()
-    assert evaluate.download([f"{server.url}/{k}" for k in kinds], path, MD5) == path
+    assert datasets.download([f"{server.url}/{k}" for k in kinds], path, MD5) == path
     assert path.read_bytes() == CONTENT and os.listdir(path.parent) == [path.name]
     path.unlink()
     return server.log
@@ -549,7 +549,7 @@ def fetched(server, kinds, path, part=None):
 def test_download_whole_and_not_again(server, tmp_path):
     assert fetched(server, ["good"], tmp_path / "new" / "file") == [("/good", None)]
     (tmp_path / "there").write_bytes(b"")
-    assert evaluate.download(["http://127.0.0.1:1/"], tmp_path / "there", MD5).exists()
+    assert datasets.download(["http://127.0.0.1:1/"], tmp_path / "there", MD5).exists()
 
 
 def test_download_resumes_its_part(server, tmp_path):
@@ -576,29 +576,29 @@ def test_download_that_fails_everywhere_says_what_to_do(server, tmp_path):
     path = tmp_path / "d" / "file.gz"
     urls = [f"{server.url}/gone", f"{server.url}/wrong", "http://127.0.0.1:1/x", "nonsense"]
     with pytest.raises(BadInput) as refusal:
-        evaluate.download(urls, path, MD5)
+        datasets.download(urls, path, MD5)
     text = str(refusal.value)
     for part in ("file.gz", str(path.parent), "404", "md5", "refused", "nonsense"):
         assert part in text
     assert "\n" not in text and os.listdir(path.parent) == []
     with pytest.raises(BadInput, match="stopped after 100,000 of 300,000"):
-        evaluate.download([f"{server.url}/cut"], path, MD5)
+        datasets.download([f"{server.url}/cut"], path, MD5)
     assert (tmp_path / "d" / "file.gz.part").read_bytes() == CONTENT[:100_000]
     (tmp_path / "f").write_bytes(b"")
     with pytest.raises(BadInput, match="another --data-dir"):
-        evaluate.download(urls, tmp_path / "f" / "file.gz", MD5)
+        datasets.download(urls, tmp_path / "f" / "file.gz", MD5)
 
 
 def test_download_keeps_what_an_interruption_leaves(server, tmp_path, monkeypatch):
     def interrupt(what, done, total):
         raise KeyboardInterrupt
-    monkeypatch.setattr(evaluate, "progress", interrupt)
+    monkeypatch.setattr(datasets, "progress", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.download([f"{server.url}/good"], tmp_path / "file", MD5)
+        datasets.download([f"{server.url}/good"], tmp_path / "file", MD5)
     monkeypatch.undo()
     have = (tmp_path / "file.part").stat().st_size
     assert 0 < have < len(CONTENT) and not (tmp_path / "file").exists()
-    evaluate.download([f"{server.url}/good"], tmp_path / "file", MD5)
+    datasets.download([f"{server.url}/good"], tmp_path / "file", MD5)
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.log[-1] == ("/good", f"bytes={have}-")
 
@@ -611,14 +611,14 @@ def test_named_sets_are_downloaded_when_missing(tmp_path, monkeypatch):
     cifar = write_tar(mirror / "cifar.tar.gz", {"c/data_batch_1.bin": records([1, 2], np.stack(
         [noise(3, 32, 32)] * 2))})
     sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in mirror.iterdir()}
-    assert set(evaluate.MNIST_MD5) < set(sums)
-    monkeypatch.setattr(evaluate, "MNIST_MD5", {n: sums[n] for n in evaluate.MNIST_MD5})
-    monkeypatch.setattr(evaluate, "MNIST_URLS", (f"{tmp_path.as_uri()}/no/", f"{mirror.as_uri()}/"))
-    monkeypatch.setattr(evaluate, "CIFAR_URLS", (cifar.as_uri(),))
+    assert set(datasets.MNIST_MD5) < set(sums)
+    monkeypatch.setattr(datasets, "MNIST_MD5", {n: sums[n] for n in datasets.MNIST_MD5})
+    monkeypatch.setattr(datasets, "MNIST_URLS", (f"{tmp_path.as_uri()}/no/", f"{mirror.as_uri()}/"))
+    monkeypatch.setattr(datasets, "CIFAR_URLS", (cifar.as_uri(),))
     with pytest.raises(BadInput, match="cifar-10-binary.tar.gz .*md5 sum"):
         load_data("cifar10", tmp_path / "data")
-    monkeypatch.setattr(evaluate, "CIFAR_MD5", sums["cifar.tar.gz"])
+    monkeypatch.setattr(datasets, "CIFAR_MD5", sums["cifar.tar.gz"])
     for _ in range(2):                             # the second time without the mirrors
         assert load_data("mnist", tmp_path / "data").labels.tolist() == [5, 0]
         assert load_data("cifar10", tmp_path / "data").labels.tolist() == [1, 2]
-        monkeypatch.setattr(evaluate, "urllib", None)
+        monkeypatch.setattr(datasets, "urllib", None)

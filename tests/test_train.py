@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import datasets
 import evaluate
 import train
-from schedules import EDM
+from losses import WEIGHTS
+from schedules import SCHEDULES
 
 TINY = ["--width", "8", "--mult", "1,1", "--blocks", "1", "--batch", "4", "--ref-batch", "8",
         "--sample-steps", "1"]
@@ -30,54 +32,101 @@ def folder(tmp_path, monkeypatch):
 
 def options(argv, data="images.npz"):
     given = {k.replace("_", "-"): v for k, v in vars(train.parser().parse_args(argv)).items()}
-    data = evaluate.load_data(data)
+    data = datasets.load_data(data)
     return train.resolve(given, data), data
 
 
 def batch(argv, step):
     o, data = options(argv)
     labels = None if data.labels is None else torch.from_numpy(data.labels)
-    return train.draw_batch(torch.from_numpy(data.x), labels, o, EDM(), step)
+    schedule = evaluate.build_schedule(o)
+    return train.draw_batch(torch.from_numpy(data.x), labels, o, schedule, step)
 
 
 def test_batch_is_a_pure_function_of_seed_and_step():
     argv = ["--batch", "8", "--ref-batch", "16", "--xflip", "--cond"]
     first, again, other = batch(argv, 3), batch(argv, 3), batch(argv, 4)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not any(torch.equal(a, b) for a, b in zip(first[:4], other[:4]))
-    assert not torch.equal(first[1], batch([*argv, "--seed", "1"], 3)[1])
+    drawn = [name for name, value in first.items() if value is not None]
+    assert {"x0", "noise", "sigma", "reference", "labels", "uniform"} <= set(drawn)
+    assert all(torch.equal(first[name], again[name]) for name in drawn)
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert not torch.equal(first["noise"], batch([*argv, "--seed", "1"], 3)["noise"])
 
 
 def test_source_is_in_its_reference_and_rows_do_not_repeat():
-    x0, noise, sigma, reference, labels = batch(["--batch", "8", "--ref-batch", "40", "--cond"], 0)
-    assert torch.equal(reference[:8], x0) and labels.shape == (40,)
+    b = batch(["--batch", "8", "--ref-batch", "40", "--cond"], 0)
+    x0, noise, sigma, reference = (b[name] for name in ("x0", "noise", "sigma", "reference"))
+    assert torch.equal(reference[:8], x0) and b["reference_labels"].shape == (40,)
+    assert torch.equal(b["reference_labels"][:8], b["labels"])
     assert len(torch.unique(reference.flatten(1), dim=0)) == 40            # the whole set, once
     assert noise.shape == x0.shape and sigma.shape == (8, 1, 1, 1) and (sigma > 0).all()
     assert x0.min() >= -1 and x0.max() <= 1 and x0.dtype == torch.float32
 
 
 def test_a_batch_larger_than_the_set_still_has_its_sources():
-    x0, _, _, reference, _ = batch(["--batch", "64", "--ref-batch", "8"], 0)
-    assert x0.shape[0] == 64 and torch.equal(reference, x0)
+    b = batch(["--batch", "64", "--ref-batch", "8"], 0)
+    assert len(b["x0"]) == 64 and torch.equal(b["reference"], b["x0"])
 
 
 def test_xflip_mirrors_about_half_and_the_reference_with_it():
-    plain, mirrored = batch(["--batch", "40"], 0)[0], batch(["--batch", "40", "--xflip"], 0)[0]
+    plain, mirrored = (batch(["--batch", "40", *flip], 0)["x0"] for flip in ([], ["--xflip"]))
     same = (plain == mirrored).flatten(1).all(1)
     assert torch.equal(torch.where(same[:, None, None, None], plain, plain.flip(-1)), mirrored)
     assert 10 <= same.sum() <= 30
 
 
-def test_dsm_and_stf_see_the_same_images_noise_and_sigma():
-    stf, dsm = batch(["--batch", "8"], 5), batch(["--batch", "8", "--loss", "dsm"], 5)
-    assert all(torch.equal(a, b) for a, b in zip(stf[1:3], dsm[1:3]))
-    assert torch.equal(stf[0], dsm[0])
+@pytest.mark.parametrize("loss", ["dsm", "antithetic", "taylor", "stf-taylor", "sa"])
+def test_every_loss_sees_the_same_images_noise_and_sigma(loss):
+    stf, other = batch(["--batch", "8"], 5), batch(["--batch", "8", "--loss", loss], 5)
+    assert torch.equal(stf["x0"], other["x0"])
+    if loss != "sa":                                           # which has K levels of a ladder
+        assert torch.equal(stf["noise"], other["noise"])
+        assert torch.equal(stf["sigma"], other["sigma"])
+
+
+def test_sa_batch_is_k_consecutive_levels_of_the_ladder_and_masked_below():
+    argv = ["--batch", "8", "--loss", "sa", "--K", "3", "--schedule", "ddpm"]
+    o, data = options(argv)
+    schedule = evaluate.build_schedule(o)
+    b = train.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
+    assert b["noise"].shape == (3, 8, 3, 8, 8) and b["sigma"].shape == b["tau"].shape == (
+        3, 8, 1, 1, 1)
+    level = (schedule.levels - b["sigma"].double().view(3, 8, 1)).abs().argmin(-1)
+    assert (level[0] - level[1] == 1).all() and (level[1] - level[2] == 1).all()
+    assert (b["tau"] == 1).all() and b["noise"][0].var() == pytest.approx(1, abs=0.1)
+    schedule.training_sigma = lambda _: schedule.levels[:1].repeat(8)            # t = 1
+    b = train.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
+    assert b["tau"].view(3, 8)[:, 0].tolist() == [1, 0, 0] and (b["sigma"] == b["sigma"][0]).all()
+
+
+@pytest.mark.parametrize("how", ["stratified", "antithetic"])
+def test_sigma_draws_keep_the_distribution_and_cover_it(how):
+    """Each of 8 strata holds one sigma; antithetic quantiles are u and 1 - u."""
+    argv = ["--batch", "8", "--sigma-draw", how, "--P-mean", "0", "--P-std", "1"]
+    everything = []
+    for step in range(200):
+        u = torch.special.ndtr(batch(argv, step)["sigma"].flatten().double().log())
+        everything.append(u)
+        if how == "stratified":
+            assert (u * 8).floor().sort().values.tolist() == list(range(8))
+        else:
+            torch.testing.assert_close(u[4:], 1 - u[:4], rtol=0, atol=1e-6)
+    everything = torch.cat(everything)
+    assert abs(everything.mean() - 0.5) < 0.03 and abs(everything.var() - 1 / 12) < 0.006
+
+
+def test_switch_parts_the_batch_by_noise_level():
+    b = batch(["--batch", "40", "--loss", "stf-taylor", "--switch", "0.3", "--cond"], 0)
+    low, high = train.part(b, b["low"]), train.part(b, b["high"])
+    assert (low["sigma"] < 0.3).all() and (high["sigma"] >= 0.3).all()
+    assert 0 < len(low["x0"]) < 40 and len(low["x0"]) + len(high["x0"]) == 40
+    assert len(low["labels"]) == len(low["x0"]) and low["reference"] is b["reference"]
 
 
 def test_generator_tells_seeds_steps_and_streams_apart():
     draws = {float(torch.rand(1, generator=train.generator(*key)))
-             for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (2 ** 31, 0, 0)]}
-    assert len(draws) == 5
+             for key in [(0, 0, 0), (0, 0, 1), (0, 0, 3), (0, 1, 0), (1, 0, 0), (2 ** 31, 0, 0)]}
+    assert len(draws) == 6
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -139,18 +188,112 @@ def test_checkpoints_are_plain_tensors_whole_and_two(capsys):
     assert names == ["checkpoint-0000004.pt", "checkpoint-0000006.pt", "log.jsonl", "options.json",
                      "samples-0000006.png"]
     state = states("run")[-1]
-    assert set(state) == {"step", "options", "model", "ema", "optimizer"}
+    assert set(state) == {"step", "options", "model", "ema", "optimizer", "beta"}
     assert json.loads(json.dumps(state["options"])) == state["options"]
     assert json.loads(Path("run/options.json").read_text()) == state["options"]
 
 
-@pytest.mark.parametrize("schedule", ["vp", "ve", "iddpm", "edm", "ddpm"])
-@pytest.mark.parametrize("loss", ["dsm", "stf"])
-def test_every_loss_runs_in_every_schedule(loss, schedule, capsys):
+LOSSES = train.OPTIONS["loss"][0]
+
+
+def three_steps(argv, data="images.npz"):
+    """The losses of three steps, each (B,), as train.train makes them."""
+    o, data = options(argv, data)
+    pixels = torch.from_numpy(np.asarray(data.x))
+    labels = None if data.labels is None else torch.from_numpy(data.labels)
+    torch.manual_seed(0)
+    denoiser, schedule = evaluate.build_denoiser(o), evaluate.build_schedule(o)
+    tools, losses = train.build_tools(pixels, labels, o), []
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
+    for step in range(3):
+        b = train.draw_batch(pixels, labels, o, schedule, step)
+        losses.append(train.objective(o, denoiser, b, tools))
+        optimizer.zero_grad()
+        losses[-1].mean().backward()
+        gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
+        assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+        optimizer.step()
+        if tools["beta"]:
+            train.update_beta(o, denoiser, b, tools, step)
+            assert tools["beta"].sums.isfinite().all() and tools["beta"].sums[2].sum() > 0
+    assert all(x.shape == (o["batch"],) and x.isfinite().all() for x in losses)
+    return losses
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("weight", ["schedule", *WEIGHTS])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_weight_and_schedule_run_three_steps(loss, weight, schedule):
+    three_steps([*POINTS, "--loss", loss, "--weight", weight, "--schedule", schedule],
+                "two-gaussians")
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "F"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_and_target_run_on_images_with_classes_augmented_and_dropout(loss, target):
+    argv = [*TINY, "--cond", "--loss", loss, "--target", target, "--augment", "0.5", "--xflip",
+            "--dropout", "0.1", "--label-dropout", "0.2"]
+    if "taylor" in loss and target == "x0":
+        with pytest.raises(datasets.BadInput, match="holds no noise"):
+            three_steps(argv)
+    else:
+        three_steps(argv)
+
+
+@pytest.mark.parametrize("more", [
+    "--loss sa --K 4 --level-noise path --tau window", "--loss sa --K 3 --lam 0.7 --tau paper",
+    "--loss taylor --order 1", "--loss taylor --order 2", "--loss stf-taylor --order 1",
+    "--loss stf-taylor --control atoms --atoms 3", "--loss stf --no-mean-correction",
+    "--loss stf-taylor --switch 100", "--loss stf-taylor --switch 1e-6"])
+def test_variants_of_the_losses_run_on_images(more):
+    three_steps([*TINY, "--cond", *more.split()])
+
+
+def test_exact_trace_runs_on_points():
+    three_steps([*POINTS, "--loss", "taylor", "--order", "2", "--trace", "exact"], "two-gaussians")
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_from_end_to_end_in_every_schedule(loss, schedule, capsys):
     assert train.main([*POINTS, "--loss", loss, "--schedule", schedule, "--steps", "3"]) == 0
     losses = [json.loads(line)["loss"] for line in
               Path(f"runs/000-two-gaussians-{loss}/log.jsonl").read_text().splitlines()[:3]]
     assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    ("--loss dsm --K 3", "--K belongs to --loss sa"),
+    ("--loss sa --no-mean-correction", "--mean-correction belongs to --loss stf and stf-taylor"),
+    ("--loss stf --order 1", "--order belongs to --loss taylor and stf-taylor"),
+    ("--loss sa --K 1001", "--K: the ladder has 1000 levels"),
+    ("--loss stf-taylor --control atoms --order 1", "--control atoms has order 0 only"),
+    ("--loss stf-taylor --control atoms --augment 0.1", "--control atoms would have to augment"),
+    ("--data two-gaussians --augment 0.1", "--augment: its transforms are for images")])
+def test_combinations_without_meaning_are_refused_with_a_reason(argv, sentence, capsys):
+    argv = argv if "--data" in argv else "--data images.npz " + argv
+    assert train.main([*argv.split(), "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_stf_taylor_switched_off_is_stf_and_stf_on_one_image_is_dsm():
+    stf = three_steps([*TINY, "--loss", "stf"])
+    switched = three_steps([*TINY, "--loss", "stf-taylor", "--switch", "1e-9"])
+    assert all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(stf, switched))
+    np.savez("same.npz", images=np.repeat(np.load("images.npz")["images"][:1], 8, 0))
+    stf, dsm = (three_steps([*TINY, "--loss", loss], "same.npz") for loss in ("stf", "dsm"))
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(stf, dsm))
+
+
+def test_a_resumed_run_has_its_control_coefficients(capsys):
+    argv = [*POINTS, "--loss", "taylor", "--checkpoint-every", "20"]
+    assert train.main([*argv, "--steps", "40", "--decay", "0", "--out", "whole"]) == 0
+    assert train.main([*argv, "--steps", "20", "--decay", "0", "--out", "half"]) == 0
+    assert train.main(["--resume", "half", "--steps", "40"]) == 0
+    whole, half = states("whole")[-1], states("half")[-1]
+    assert torch.equal(whole["beta"], half["beta"]) and whole["beta"].any()
+    assert all(torch.equal(whole["model"][k], half["model"][k]) for k in whole["model"])
 
 
 @pytest.mark.parametrize("arch", ["unet", "ddpmpp", "ncsnpp", "adm"])
@@ -165,7 +308,7 @@ def test_training_learns_the_data(capsys):
                        "128", "--ref-batch", "256", "--warmup", "20", "--out", "run"]) == 0
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last["frechet_pixels"] < 0.02               # 0.5 for all samples at one of the two means
-    x = evaluate.generate(*sampler("run"), range(500), [2], "heun", EDM(), 18)
+    x = evaluate.generate(*sampler("run"), range(500), [2], "heun", SCHEDULES["edm"](), 18)
     near = (x.abs() - 0.48).abs().max(1).values < 0.5  # 3.6 standard deviations of a component
     assert near.float().mean() > 0.9 and 0.35 < (x[:, 0] > 0).float().mean() < 0.65
     table = {row[0]: row[1:] for row in last["loss_by_sigma"]}
