@@ -484,5 +484,5 @@ def load_rows(pixels, rows, flip, device):
     x = pixels[rows.to(pixels.device)].to(device)
     if x.dtype != torch.uint8:
         return x
-    x = x.float() / 127.5 - 1
+    x = x.float().div_(127.5).sub_(1)
     return x if flip is None else torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)

@@ -1,6 +1,7 @@
 """evaluate.py: how good it is.  Draws samples of runs, measures losses and distances.
 
     python evaluate.py sample RUN --sampler heun --steps 18 --num 64
+    python evaluate.py samplers RUN         each sampler's distance to the data, by steps and NFE
 """
 
 import argparse
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets import BadInput, attempt, load_rows, picture
+from datasets import BadInput, attempt, load_data, load_rows, picture
 from losses import WEIGHTS, stf_target, stf_weights
 from networks import MLP, UNETS, Denoiser, UNet, target_coefficients
-from samplers import edm_stochastic, euler, heun, seeded_noise
+from samplers import (analytic_covariance, ddim, ddpm, edm_stochastic, euler, guidance, heun,
+                      npr_covariance, predictor_corrector, rk45, seeded_noise, sn_covariance)
 from schedules import EDM, SCHEDULES
 
 
@@ -160,10 +162,9 @@ def load_checkpoint(run, device="cpu"):
     return state
 
 
-def load_weights(denoiser, state, which, run):
-    """Puts state[which], "model" or "ema", into the denoiser."""
-    attempt(f"the {which} weights of {run}", "it is not a checkpoint of this network",
-            lambda: denoiser.load_state_dict(state[which]))
+def load_weights(denoiser, weights, run):
+    attempt(f"the weights of {run}", "it is not a checkpoint of this network",
+            lambda: denoiser.load_state_dict(weights))
 
 
 def build_denoiser(options):
@@ -171,7 +172,8 @@ def build_denoiser(options):
     channels, *size = options["shape"]
     classes = len(options["classes"])
     if options["arch"] == "mlp":
-        model = MLP(channels, options["width"] or 128, options["blocks"] or 3, classes)
+        model = MLP(channels, options["width"] or 128, options["blocks"] or 3, classes,
+                    options["head"] != "none")
     else:
         given = {key: options[key] for key in ("width", "blocks") if options[key]}
         if options["mult"]:
@@ -181,7 +183,7 @@ def build_denoiser(options):
         model = attempt(what, "choose another --size or --mult", lambda: UNet(
             size[0], channels, dropout=options["dropout"], classes=classes,
             label_dropout=options["label-dropout"], augment_dim=9 if options["augment"] else 0,
-            **given))
+            head=options["head"] != "none", **given))
     return Denoiser(model, partial(precondition, options["target"], build_schedule(options)))
 
 
@@ -220,7 +222,7 @@ def load_run(run, device="cpu", weights="ema"):
     """A run's denoiser in eval mode, its options, and the step of its newest checkpoint."""
     state = load_checkpoint(run, device)
     denoiser = build_denoiser(state["options"]).to(device).eval()
-    load_weights(denoiser, state, "ema" if weights == "ema" else "model", run)
+    load_weights(denoiser, state["ema" if weights == "ema" else "model"], run)
     return denoiser, state["options"], state["step"]
 
 
@@ -232,28 +234,103 @@ def pick_device(name):
     return name
 
 
-def generate(denoise, seeds, shape, sampler, schedule, steps, labels=None, batch=64, churn=0.0,
-             device="cpu"):
+# ---- Sampling ------------------------------------------------------------------------------------
+
+SAMPLERS = ("heun", "euler", "edm-stochastic", "ddim", "ddpm", "pc", "rk45")
+CHOICES = {          # of one sampler or two: (samplers, default)
+    "churn": (("edm-stochastic",), 0.0), "eta": (("ddim",), 0.0), "snr": (("pc",), 0.16),
+    "rtol": (("rk45",), 1e-5), "variance": (("ddpm", "ddim"), "beta_tilde")}
+VARIANCES = ("beta_tilde", "beta", "analytic", "sn", "npr")
+
+
+def generate(denoise, seeds, shape, sampler, schedule, steps, labels=None, batch=64, device="cpu",
+             gamma=None, guide=1.0, **choices):
     """Samples, one per seed: (len(seeds), *shape), on the CPU.
 
-    Sample i depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.
+    Sample i depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.  denoise:
+    a Denoiser, or any (x, sigma, labels) -> D.  choices: see CHOICES; gamma: analytic_moments,
+    for that variance; guide: classifier-free guidance's weight.
     """
     t, samples = schedule.time_steps(steps), []
     for i in range(0, len(seeds), batch):
+        own = () if labels is None else (labels[i:i + batch].to(device),)
         noise = seeded_noise(seeds[i:i + batch], shape, device)
-        D = partial(denoise, labels=None if labels is None else labels[i:i + batch].to(device))
+        D = denoise if guide == 1 else guidance(denoise, denoise, guide)
         x = schedule.sigma(t[0]) * noise()                                        # (b, *shape)
-        if sampler == "euler":
-            x = euler(D, schedule.s(t[0]) * x, t, schedule)
-        elif sampler == "heun":
-            x = heun(D, schedule.s(t[0]) * x, t, schedule)
-        elif sampler == "edm-stochastic":
-            x = edm_stochastic(D, x, schedule.sigma(t), noise, S_churn=churn)
-        samples.append(x.cpu())
+        samples.append(draw(D, x, own, noise, sampler, schedule, t, gamma,
+                            {name: choices.get(name, value)
+                             for name, (_, value) in CHOICES.items()}).cpu())
     return torch.cat(samples)
 
 
+def draw(denoise, x, labels, noise, sampler, schedule, t, gamma, choices):
+    """The named sampler from x, of noise level sigma(t[0]); labels: () or one tensor (b,)."""
+    sigma, start, images = schedule.sigma(t), schedule.s(t[0]) * x, x.ndim > 2
+    variance, cap, kept = choices["variance"], None, {}
+
+    def D(x, sigma):
+        if choices["variance"] in ("sn", "npr"):          # one call of the network gives D and head
+            D_x, kept["head"] = denoise.moments(x, sigma, *labels)
+            return D_x
+        return denoise(x, sigma, *labels)
+
+    if variance == "analytic":
+        variance = analytic_covariance(*gamma)
+    elif variance in ("sn", "npr"):
+        covariance = sn_covariance if variance == "sn" else npr_covariance
+        variance = covariance(lambda x, sigma: kept["head"])
+    if callable(variance) and images:
+        cap = 2.0 if sampler == "ddpm" else 1.0                       # as published
+    if sampler == "euler":
+        return euler(D, start, t, schedule)
+    if sampler == "heun":
+        return heun(D, start, t, schedule)
+    if sampler == "edm-stochastic":
+        return edm_stochastic(D, x, sigma, noise, S_churn=choices["churn"])
+    if sampler == "ddim":
+        return ddim(D, x, sigma, noise, choices["eta"], variance if callable(variance) else None,
+                    cap)
+    if sampler == "ddpm":
+        return ddpm(D, x, sigma, noise, variance, cap)
+    if sampler == "pc":
+        return predictor_corrector(D, start, t, schedule, noise, choices["snr"], norms=images)
+    return rk45(denoise, start, t, schedule, choices["rtol"], choices["rtol"], labels)[0]
+
+
+@torch.no_grad()
+def analytic_moments(run, denoiser, options, step, device="cpu", count=256):
+    """Analytic-DPM's Gamma, (levels, E|eps_hat|^2/d at each), measured once, kept with the run.
+
+    33 levels from .002 to 200, at each of them `count` images of the data with noise of their own.
+    """
+    path = os.path.join(run, f"analytic-{step:07d}.json")
+    if not os.path.exists(path):
+        data = load_data(options["data"], options["data-dir"], options["size"])
+        g = torch.Generator().manual_seed(options["seed"])
+        rows = torch.randperm(len(data.x), generator=g)[:count]
+        x0 = load_rows(torch.from_numpy(np.asarray(data.x)), rows, None, device)
+        labels = torch.from_numpy(data.labels)[rows].to(device) if options["cond"] else None
+        levels, moments = torch.logspace(math.log10(0.002), math.log10(200), 33).tolist(), []
+        for sigma in levels:
+            x = x0 + sigma * torch.randn(x0.shape, generator=g).to(device)
+            D = torch.cat([denoiser(x[i:i + 64], torch.tensor(sigma),
+                                    None if labels is None else labels[i:i + 64])
+                           for i in range(0, len(x), 64)])
+            moments.append(((x - D) / sigma).double().square().mean().item())
+        write_json(path, dict(levels=levels, moments=moments, images=len(x0)))
+    stored = json.loads(Path(path).read_text())
+    return stored["levels"], stored["moments"]
+
+
 # ---- Report --------------------------------------------------------------------------------------
+
+def real_features(data, seed, count=10_000):
+    """pixel_features of random rows of the data."""
+    rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:count]
+    pixels = torch.from_numpy(data.x)
+    return np.concatenate([pixel_features(load_rows(pixels, r, None, "cpu"))
+                           for r in rows.split(500)])
+
 
 @torch.no_grad()
 def noise_table(options, data, ema, count=128):
@@ -289,14 +366,9 @@ def report(options, data, run, ema, seconds, count=128):
     table = noise_table(options, data, ema.eval())
     count = min(count, len(data.x) // 2)
     labels = torch.arange(count) % len(options["classes"]) if options["cond"] else None
-    fake = generate(ema, range(count), options["shape"], "heun",
-                             build_schedule(options), options["sample-steps"], labels,
-                             device=options["device"])
-    g = torch.Generator().manual_seed(options["seed"])
-    rows = torch.randperm(len(data.x), generator=g)[:10_000].split(500)
-    pixels = torch.from_numpy(data.x)
-    real = np.concatenate([pixel_features(load_rows(pixels, r, None, "cpu"))
-                           for r in rows])
+    fake = generate(ema, range(count), options["shape"], "heun", build_schedule(options),
+                    options["sample-steps"], labels, device=options["device"])
+    real = real_features(data, options["seed"])
     reference = moments(real[count:])
     distance, floor = (frechet_distance(*moments(features), *reference)
                        for features in (pixel_features(fake), real[:count]))
@@ -334,9 +406,6 @@ def status(text):
         print(f"\r{text:<79}", end="", flush=True)
 
 
-SAMPLERS = ("heun", "euler", "edm-stochastic")
-
-
 def number(kind, low, high=float("inf")):
     """A type for argparse: an int or float within [low, high]."""
     def parse(text):
@@ -352,31 +421,67 @@ def parser():
     p = Parser(prog="evaluate.py", description="What a run of train.py has learned.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     c = commands.add_parser("sample", help="draw samples from a run")
-    c.add_argument("run", metavar="RUN", help="folder that train.py made")
+    table = commands.add_parser("samplers", help="each sampler's distance to the data, by NFE")
+    for command in (c, table):
+        command.add_argument("run", metavar="RUN", help="folder that train.py made")
+        command.add_argument("--num", type=number(int, 1),
+                             help="default: 64 images, or 4000 points")
+        command.add_argument("--schedule", choices=SCHEDULES, help="default: the run's own")
+        command.add_argument("--seed", type=number(int, 0), default=0,
+                             help="sample i has seed SEED + i (default: 0)")
+        command.add_argument("--batch", type=number(int, 1), default=64,
+                             help="default: 64; changes no image")
+        command.add_argument("--weights", choices=["ema", "raw"], default="ema",
+                             help="default: ema")
+        command.add_argument("--device", help="none: cuda where there is one, else cpu")
+    table.add_argument("--steps", type=number(int, 1), nargs="+", default=[6, 12, 24, 48],
+                       help="default: 6 12 24 48")
     c.add_argument("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
     c.add_argument("--steps", type=number(int, 1), default=18, help="default: 18")
-    c.add_argument("--churn", type=number(float, 0), default=0.0,
-                   help="S_churn of edm-stochastic (default: 0)")
-    c.add_argument("--num", type=number(int, 1), help="default: 64 images, or 4000 points")
+    c.add_argument("--churn", type=number(float, 0), help="edm-stochastic's S_churn (default: 0)")
+    c.add_argument("--eta", type=number(float, 0, 1), help="ddim's noise (default: 0)")
+    c.add_argument("--snr", type=number(float, 1e-9), help="of pc's corrector (default: 0.16)")
+    c.add_argument("--rtol", type=number(float, 1e-12, 1),
+                   help="rk45's relative and absolute tolerance (default: 1e-5)")
+    c.add_argument("--variance", choices=VARIANCES, help="of ddpm (default: beta_tilde) and, but "
+                   "for beta, of ddim; sn and npr need a run with that --head")
+    c.add_argument("--guidance", type=number(float, 0), default=1.0,
+                   help="D_u + GUIDANCE (D_c - D_u) (default: 1, no guidance)")
     c.add_argument("--class", dest="label", help="name or number of one class; none: all in turn")
-    c.add_argument("--seed", type=number(int, 0), default=0,
-                   help="sample i has seed SEED + i (default: 0)")
-    c.add_argument("--batch", type=number(int, 1), default=64, help="default: 64; changes no image")
-    c.add_argument("--weights", choices=["ema", "raw"], default="ema", help="default: ema")
     c.add_argument("--out", help="a .png grid or an .npz of arrays; none: a .png in RUN")
-    c.add_argument("--device", help="none: cuda where there is one, else cpu")
     return p
+
+
+def choices_of(args, options):
+    """generate's choices out of the command line; BadInput where one has no meaning."""
+    given = {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    for name in given:
+        if args.sampler not in CHOICES[name][0]:
+            raise BadInput(f"--{name} belongs to --sampler {' and '.join(CHOICES[name][0])}")
+    variance = given.get("variance")
+    for bad, sentence in [
+        (variance == "beta" and args.sampler == "ddim", "--variance beta belongs to --sampler "
+         "ddpm"),
+        (variance in ("sn", "npr") and options["head"] != variance, f"--variance {variance}: the "
+         f"run has no such head; train one with train.py --head {variance} --init {args.run}"),
+        (variance in ("sn", "npr") and args.guidance != 1, "--guidance: the head knows the "
+         "conditional denoiser's covariance only; choose another --variance"),
+        (args.guidance != 1 and not options["label-dropout"], "--guidance needs a run trained "
+         "with --cond and --label-dropout, which has an unconditional denoiser too"),
+    ]:
+        if bad:
+            raise BadInput(sentence)
+    return given
 
 
 def sample(args):
     """evaluate.py sample: draws samples of a run and saves them."""
     device = pick_device(args.device)
     denoiser, options, step = load_run(args.run, device, args.weights)
-    schedule, classes = build_schedule(options), options["classes"]
-    images = len(options["shape"]) > 1
+    schedule = SCHEDULES[args.schedule]() if args.schedule else build_schedule(options)
+    classes, images = options["classes"], len(options["shape"]) > 1
+    choices = choices_of(args, options)
     args.num = args.num or (64 if images else 4000)
-    if args.churn and args.sampler != "edm-stochastic":
-        raise BadInput(f"--churn: {args.sampler} draws no noise; choose --sampler edm-stochastic")
     attempt(f"--steps {args.steps}", "choose fewer", schedule.time_steps, args.steps)
     labels = None
     if args.label is not None:
@@ -395,10 +500,14 @@ def sample(args):
     attempt(out, "choose another --out", lambda: open(f"{out}.part", "wb").close())
     os.remove(f"{out}.part")
 
-    start = time.time()
-    x = to_uint8(generate(denoiser, range(args.seed, args.seed + args.num), options["shape"],
+    gamma = None
+    if choices.get("variance") == "analytic":
+        gamma = analytic_moments(args.run, denoiser, options, step, device)
+    start, denoise = time.time(), Counted(denoiser)
+    x = to_uint8(generate(denoise, range(args.seed, args.seed + args.num), options["shape"],
                           args.sampler, schedule, args.steps, labels,
-                          args.batch if images else args.num, args.churn, device))
+                          args.batch if images else args.num, device, gamma, args.guidance,
+                          **choices))
     if out.endswith(".npz"):
         with open(f"{out}.part", "wb") as file:
             np.savez(file, images=x, **({} if labels is None else {"labels": labels.numpy()}))
@@ -409,16 +518,61 @@ def sample(args):
         x = x[np.argsort(labels.numpy(), kind="stable")] if rows else x       # a row for each class
         save_pictures(out, [(f"{args.sampler}, {args.steps} steps", x)], rows)
     print(f"{args.num} samples of {args.run} at step {step}, {args.weights} weights, "
-          f"{args.sampler}, {args.steps} steps, {time.time() - start:.1f} s\n{out}")
+          f"{args.sampler}, {'' if args.sampler == 'rk45' else f'{args.steps} steps, '}"
+          f"NFE {denoise.rows / args.num:g}, "
+          f"{time.time() - start:.1f} s\n{out}")
+
+
+class Counted:
+    """A denoiser that counts the rows it is asked for: NFE = rows / samples."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.rows = denoiser, 0
+
+    def __call__(self, x, sigma, *labels):
+        return self.moments(x, sigma, *labels)[0]
+
+    def moments(self, x, sigma, *labels):
+        self.rows += len(x)
+        return self.denoiser.moments(x, sigma, *labels)
+
+
+def samplers(args):
+    """evaluate.py samplers: a table of sampler, steps, NFE and Frechet distance in pixel space."""
+    device = pick_device(args.device)
+    denoiser, options, step = load_run(args.run, device, args.weights)
+    schedule = SCHEDULES[args.schedule]() if args.schedule else build_schedule(options)
+    args.num = args.num or (64 if len(options["shape"]) > 1 else 4000)
+    real = real_features(load_data(options["data"], options["data-dir"], options["size"]),
+                         options["seed"])
+    reference, classes = moments(real[args.num:]), options["classes"]
+    labels = torch.arange(args.num) % len(classes) if classes else None
+    gamma = analytic_moments(args.run, denoiser, options, step, device)
+    grids = [(name, steps, more) for steps in args.steps for name, more in [
+        ("euler", {}), ("heun", {}), ("edm-stochastic", {"churn": 10.0}), ("ddim", {"eta": 0.0}),
+        ("ddim", {"eta": 0.5}), ("ddpm", {"variance": "beta_tilde"}),
+        ("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "analytic"}), ("pc", {})]]
+    grids += [("rk45", 18, {"rtol": rtol}) for rtol in (1e-2, 1e-3, 1e-4)]
+    floor = frechet_distance(*moments(real[:args.num]), *reference)
+    print(f"{args.run} at step {step}, {args.weights} weights, {args.num} samples; "
+          f"{args.num} real ones: {floor:.3f}\n\n"
+          f"{'sampler':32}{'steps':>6}{'NFE':>8}{'distance':>10}", flush=True)
+    for name, steps, more in grids:
+        denoise = Counted(denoiser)
+        x = generate(denoise, range(args.seed, args.seed + args.num), options["shape"], name,
+                     schedule, steps, labels, args.batch, device, gamma, **more)
+        distance = frechet_distance(*moments(pixel_features(x)), *reference)
+        called = f"{name} " + " ".join(f"{key} {value}" for key, value in more.items())
+        print(f"{called:32}{steps if name != 'rk45' else '':>6}{denoise.rows / args.num:8g}"
+              f"{distance:10.3f}", flush=True)
 
 
 def main(argv=None):
     try:
         args = parser().parse_args(argv)
-        if args.command == "sample":
-            sample(args)
+        dict(sample=sample, samplers=samplers)[args.command](args)
         return 0
-    except BadInput as error:
+    except (BadInput, FloatingPointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -440,6 +440,24 @@ class RunningBeta:
         self.sums = (self.sums * self.decay ** count).index_add(1, k, new.to(self.sums))
 
 
+# ---- Second heads --------------------------------------------------------------------------------
+
+def head_loss(moments, x0, noise, sigma, kind="sn"):
+    """Regression of a second head h on squared noise, for the covariances of the DDPM sampler.
+
+        sn   |h - eps^2|^2                   h -> E[eps^2 | x]                 (SN-DPM)
+        npr  |h - (eps - eps_hat)^2|^2       h -> E[(eps - eps_hat)^2 | x]     (NPR-DPM)
+
+    eps_hat = (x - D)/sigma, detached.  To be trained in eval mode: dropout in eps_hat would add its
+    own variance to NPR's, as it does in the published code.  moments(x, sigma) -> D, h; noise
+    (B, ...), sigma (B, 1, ..., 1) -> (B,).  Needs: nothing.
+    """
+    x = x0 + sigma * noise                                                        # (B, ...)
+    D, h = moments(x, sigma)
+    target = noise if kind == "sn" else noise - ((x - D) / sigma).detach()
+    return ((h - target ** 2) ** 2).flatten(1).mean(1)                            # (B,)
+
+
 # ---- Augmentation --------------------------------------------------------------------------------
 # EDM Table 6: non-leaky, for the network is told (the 9 labels) and sampling asks for none (zeros).
 

@@ -27,7 +27,7 @@ import evaluate
 from datasets import BadInput, load_data, load_rows
 from evaluate import number
 from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
-                    augmented_stf_target, draw_augmentation, dsm_loss, interpolate,
+                    augmented_stf_target, draw_augmentation, dsm_loss, head_loss, interpolate,
                     mean_correction, measure_gamma, path_noise, sa_loss, sa_tau, stf_atoms,
                     stf_loss, stf_target, stf_taylor_terms, taylor_terms)
 from networks import UNETS
@@ -74,6 +74,9 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
                 "above it, or both everywhere, the control averaged over the posterior"),
     "switch": (number(float, 1e-9), (0.1, 0.03, 0.1), "stf-taylor: the noise level"),
     "atoms": (COUNT, 4, "stf-taylor: references in the control"),
+    "head": (["none", "sn", "npr"], "none", "a second output for the covariances of that name"),
+    "init": (str, None, "a run to start from, its averaged weights; with --head they stay as they "
+             "are, and the head alone learns"),
     "sigma-draw": (["independent", "stratified", "antithetic"], "independent", "noise levels of a "
                    "batch: the distribution of each is the same"),
     "weight": (["schedule", *WEIGHTS], "schedule", "of the loss; schedule: the row's own"),
@@ -89,7 +92,7 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "blocks": (COUNT, None, "blocks per level; none: the arch's own"),
     "dropout": (SHARE, 0.0, "of the network's activations"),
     "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
-    "steps": (COUNT, (700, 3000, 100_000), "training steps"),
+    "steps": (COUNT, (850, 3000, 100_000), "training steps"),
     "batch": (COUNT, (16, 256, 128), "images per step"),
     "lr": (number(float, 1e-9), (4e-3, 5e-3, 1e-3), "learning rate of AdamW"),
     "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises from 0"),
@@ -149,6 +152,7 @@ def resolve(given, data):
                for name, losses in BELONGS.items()
                if given[name] is not None and options["loss"] not in losses]
     taylor, atoms = "taylor" in options["loss"], options["control"] == "atoms"
+    head = options["head"] != "none"
     for bad, sentence in [
         (strange, "; ".join(strange)),
         (taylor and options["target"] == "x0", "--target x0: the network's target holds no noise "
@@ -158,6 +162,10 @@ def resolve(given, data):
         (taylor and atoms and options["augment"], "--control atoms would have to augment every "
          "reference; --control switch need not"),
         (options["loss"] == "sa" and options["K"] > 1000, "--K: the ladder has 1000 levels"),
+        (head and options["dropout"] and not options["init"], "--head: dropout would add its own "
+         "variance to the noise's; train the head afterwards, with --init RUN"),
+        (head and options["loss"] == "sa", "--head is trained at one noise level at a time; choose "
+         "another --loss than sa"),
         (options["augment"] and kind == 1, "--augment: its transforms are for images"),
         (options["cond"] and data.labels is None, f"--cond: {data.name} has no labels"),
         ((options["arch"] == "mlp") != (kind == 1), "--arch mlp is for points, and only that is; "
@@ -263,9 +271,13 @@ def part(batch, rows):
 
 def objective(options, denoiser, batch, tools):
     """The loss of each sample, (B,): --loss."""
-    kind, c_skip = options["loss"], tools["c_skip"]
-    denoise = bind(denoiser, batch)
+    kind, denoise = options["loss"], bind(denoiser, batch)
     common = denoise, batch["x0"], batch["noise"], batch["sigma"], tools["weight"]
+    if options["head"] != "none":
+        moments = bind(denoiser.moments, batch)
+        loss = head_loss(moments, *common[1:4], options["head"])
+        return loss if options["init"] else loss + objective(options | {"head": "none"}, denoiser,
+                                                             batch, tools)
     if kind == "dsm":
         return dsm_loss(*common)
     if kind == "antithetic":
@@ -388,12 +400,14 @@ def train(options, data, run, state, denoiser, ema):
                                   weight_decay=options["weight-decay"])
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
-    log = Log(run, state["step"], options)
+    log, frozen = Log(run, state["step"], options), options["head"] != "none" and options["init"]
+    for name, weight in denoiser.named_parameters():
+        weight.requires_grad_(not frozen or name.startswith("model.head."))
     tools = build_tools(pixels, labels, options)
     if tools["beta"] and state["beta"] is not None:
         tools["beta"].sums = state["beta"]
 
-    denoiser.train()
+    denoiser.train(not frozen)
     for step in range(state["step"], options["steps"]):
         torch.manual_seed(options["seed"] + step)       # dropout, too, is a function of the step
         batch = draw_batch(pixels, labels, options, schedule, step)
@@ -416,7 +430,7 @@ def train(options, data, run, state, denoiser, ema):
         if last or (options["sample-every"] and (step + 1) % options["sample-every"] == 0):
             log.flush()
             save_samples(run, step + 1, denoiser, ema, options, data)
-            denoiser.train()
+            denoiser.train(not frozen)
     log.close()
 
 
@@ -550,9 +564,13 @@ def run_training(given):
     state = dict(step=0, optimizer=None, beta=None)
     if again and evaluate.checkpoints(run):
         state = evaluate.load_checkpoint(run, options["device"])
-        evaluate.load_weights(denoiser, state, "model", run)
-        evaluate.load_weights(ema, state, "ema", run)
-    elif not again:
+        evaluate.load_weights(denoiser, state["model"], run)
+        evaluate.load_weights(ema, state["ema"], run)
+    elif options["init"]:
+        weights = evaluate.load_run(options["init"], options["device"])[0].state_dict()
+        for network in (denoiser, ema):
+            evaluate.load_weights(network, network.state_dict() | weights, options["init"])
+    if not again:
         run = evaluate.new_run(options["out"], f"{data.name}-{options['loss']}")
     if state["step"] >= options["steps"]:
         raise BadInput(f"{run} has its {state['step']} steps; give --steps a larger number")

@@ -78,14 +78,18 @@ def test_to_uint8_maps_the_interval_and_clips():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A class-conditional run of a few steps on 8x8 noise."""
+    """A class-conditional run of a few steps on 8x8 noise, with a head for each covariance."""
     folder = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     np.savez(folder / "images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
              labels=np.arange(40) % 2)
-    assert train.main(["--data", str(folder / "images.npz"), "--cond", "--width", "8", "--mult",
-                       "1,1", "--blocks", "1", "--batch", "8", "--steps", "5", "--warmup", "0",
-                       "--sample-steps", "1", "--out", str(folder / "run")]) == 0
+    argv = ["--data", str(folder / "images.npz"), "--cond", "--width", "8", "--mult", "1,1",
+            "--blocks", "1", "--batch", "8", "--steps", "5", "--warmup", "0", "--sample-steps", "1",
+            "--label-dropout", "0.2"]
+    assert train.main([*argv, "--out", str(folder / "run")]) == 0
+    for head in ("sn", "npr"):
+        assert train.main([*argv, "--head", head, "--init", str(folder / "run"),
+                           "--out", str(folder / head)]) == 0
     return folder / "run"
 
 
@@ -95,10 +99,13 @@ def draw(run, *argv):
     return np.load(out)["images"]
 
 
-@pytest.mark.parametrize("sampler", ["heun", "euler", "edm-stochastic"])
+@pytest.mark.parametrize("sampler", [
+    "heun", "euler", "edm-stochastic --churn 2", "ddim", "ddim --eta 0.5", "ddpm", "pc",
+    "ddpm --variance beta", "ddpm --variance analytic", "ddim --variance analytic",
+    "rk45 --rtol 1e-2", "heun --guidance 2", "rk45 --rtol 1e-2 --guidance 2", "heun --schedule vp",
+    "pc --schedule vp", "rk45 --rtol 1e-2 --schedule ddpm"])
 def test_sample_i_is_the_same_in_any_batch(run, sampler, capsys):
-    churn = ["--churn", "2"] if sampler == "edm-stochastic" else []
-    argv = ["--sampler", sampler, "--steps", "4", *churn]
+    argv = ["--sampler", *sampler.split(), "--steps", "4"]
     whole = draw(run, *argv, "--num", "7").astype(int)
     assert whole.shape == (7, 3, 8, 8) and whole.std() > 1
     twos = draw(run, *argv, "--num", "7", "--batch", "2")
@@ -106,6 +113,82 @@ def test_sample_i_is_the_same_in_any_batch(run, sampler, capsys):
     later = draw(run, *argv, "--num", "5", "--seed", "2")
     assert abs(whole[2:3] - later[:1]).max() <= 1                        # seed 2, class 0, both
     assert abs(whole[0] - whole[2]).max() > 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", evaluate.SAMPLERS)
+def test_every_sampler_runs_in_every_schedule_in_one_step_too(run, sampler, schedule, capsys):
+    argv = ["--sampler", sampler, "--schedule", schedule, "--num", "2"]
+    argv += ["--rtol", "0.01"] if sampler == "rk45" else []
+    for steps in "1", "3":
+        assert draw(run, *argv, "--steps", steps).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("head", ["sn", "npr"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_head_learns_alone_and_its_covariance_is_used(run, head, sampler, capsys):
+    """The trunk is the run's own, so deterministic samples are; and NFE is one a step."""
+    trained, folder = evaluate.load_run(run)[0].state_dict(), run.parent / head
+    with_head = evaluate.load_run(folder)[0].state_dict()
+    extra = {name for name in with_head if name not in trained}
+    assert extra == {"model.head.weight", "model.head.bias"} and with_head["model.head.bias"].any()
+    assert all(torch.equal(trained[name], with_head[name]) for name in trained)
+    argv = ["--num", "4", "--sampler", sampler, "--steps", "5"]
+    capsys.readouterr()
+    learned = draw(folder, *argv, "--variance", head)
+    assert "NFE 5," in capsys.readouterr().out
+    assert (learned != draw(folder, *argv)).any()
+
+
+def test_head_learns_what_it_is_named_for(tmp_path, monkeypatch, capsys):
+    """A point mass at 0: eps_hat = eps, so h -> eps^2 = (x/sigma)^2 for SN and 0 for NPR."""
+    monkeypatch.chdir(tmp_path)
+    np.save("zero.npy", np.zeros((64, 2), np.float32))
+    found = {}
+    for head in ("sn", "npr"):
+        assert train.main(["--data", "zero.npy", "--head", head, "--steps", "600", "--batch", "256",
+                           "--width", "64", "--loss", "dsm", "--sample-steps", "1", "--out",
+                           head]) == 0
+        denoiser = evaluate.load_run(head)[0]
+        noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found[head] = denoiser.moments(0.3 * noise, torch.tensor(0.3))[1]
+    assert (found["sn"] - noise ** 2).square().mean() < 0.3 * (noise ** 2).var()
+    assert found["npr"].abs().mean() < 0.1
+
+
+def test_analytic_moments_are_measured_once_and_right_for_a_gaussian(tmp_path, monkeypatch):
+    """N(0, v) and its exact D: E|eps_hat|^2/d = sigma^2/(v + sigma^2)."""
+    monkeypatch.chdir(tmp_path)
+    v = 0.3
+    np.save("x.npy", (np.random.default_rng(0).standard_normal((4000, 2)) * v ** 0.5).astype("f4"))
+    options = {"data": "x.npy", "data-dir": "data", "size": None, "seed": 0, "cond": False}
+    calls = []
+
+    def denoise(x, sigma, labels=None):
+        calls.append(1)
+        return v / (v + sigma ** 2) * x
+    levels, moments = evaluate.analytic_moments(".", denoise, options, 7, count=4000)
+    want = [s ** 2 / (v + s ** 2) for s in levels]
+    assert len(levels) == 33 and moments == pytest.approx(want, rel=0.06)
+    first = len(calls)
+    assert evaluate.analytic_moments(".", denoise, options, 7) == (levels, moments)
+    assert len(calls) == first and Path("analytic-0000007.json").exists()
+
+
+def test_guidance_exaggerates_the_class(run, capsys):
+    none, plain, strong = (draw(run, "--num", "4", "--guidance", w, "--steps", "4").astype(int)
+                           for w in ("0", "1", "3"))
+    assert abs(strong - none).mean() > abs(plain - none).mean() > 0
+
+
+def test_samplers_prints_a_table_of_nfe_and_distance(run, capsys):
+    assert evaluate.main(["samplers", str(run), "--num", "6", "--steps", "2", "3"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    nfe = {(row[0], row[-3]): float(row[-2]) for row in rows}
+    assert nfe["euler", "2"] == 2 and nfe["heun", "3"] == 5 and nfe["pc", "3"] == 6
+    assert len(rows) == 21 and {row[0] for row in rows} == set(evaluate.SAMPLERS)
+    assert all(float(row[-1]) >= 0 for row in rows)
 
 
 def test_class_is_a_name_or_a_number_and_matters(run, capsys):
@@ -144,7 +227,13 @@ def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
     ["sample", "RUN", "--device", "abacus"], ["sample", "RUN", "--batch", "0"],
     ["sample", "RUN", "--churn", "-1"], ["sample", "RUN", "--churn", "1"],
     ["sample", "RUN", "--out", "RUN"], ["sample", "RUN", "--out", "x.jpg"],
-    ["sample", "RUN", "--seed", "x"]])
+    ["sample", "RUN", "--seed", "x"], ["sample", "RUN", "--eta", "0.5"],
+    ["sample", "RUN", "--sampler", "ddim", "--eta", "2"],
+    ["sample", "RUN", "--sampler", "ddim", "--variance", "beta"],
+    ["sample", "RUN", "--sampler", "ddpm", "--variance", "npr"],
+    ["sample", "RUN", "--sampler", "heun", "--rtol", "1e-3"],
+    ["sample", "RUN", "--sampler", "rk45", "--rtol", "0"],
+    ["sample", "RUN", "--schedule", "cosine"], ["samplers", "RUN", "--steps", "0"]])
 def test_bad_input_is_one_sentence(argv, run, capsys):
     assert evaluate.main([str(run) if a == "RUN" else a for a in argv]) == 2
     error = capsys.readouterr().err
