@@ -494,6 +494,7 @@ def sample(args):
     elif classes:
         labels = torch.arange(args.num) % len(classes)
     suffix = "" if args.label is None else f"-{args.label}"
+    how = args.sampler + ("" if args.sampler == "rk45" else f", {args.steps} steps")
     out = args.out or f"{args.run}/{args.sampler}-{args.steps}{suffix}.png"
     if os.path.isdir(out) or not out.endswith((".png", ".npz")):
         raise BadInput(f"--out {out} is not a file's name ending in .png or .npz; choose another")
@@ -516,9 +517,8 @@ def sample(args):
         equal = args.label is None and classes and args.num % len(classes) == 0
         rows = classes if images and equal else ()
         x = x[np.argsort(labels.numpy(), kind="stable")] if rows else x       # a row for each class
-        save_pictures(out, [(f"{args.sampler}, {args.steps} steps", x)], rows)
-    print(f"{args.num} samples of {args.run} at step {step}, {args.weights} weights, "
-          f"{args.sampler}, {'' if args.sampler == 'rk45' else f'{args.steps} steps, '}"
+        save_pictures(out, [(how, x)], rows)
+    print(f"{args.num} samples of {args.run} at step {step}, {args.weights} weights, {how}, "
           f"NFE {denoise.rows / args.num:g}, "
           f"{time.time() - start:.1f} s\n{out}")
 

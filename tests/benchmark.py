@@ -178,6 +178,32 @@ def objective_rows(quick):
         yield f"training step, seconds: dsm (other: {objective})", dsm, seconds
 
 
+def sampler_rows(quick):
+    """What a sampler takes beyond its calls of the default network: 64 digits, 6 steps."""
+    data = datasets.load_data("digits")
+    options = train.resolve(dict.fromkeys(train.OPTIONS), data)
+    denoiser, schedule = evaluate.build_denoiser(options).eval(), evaluate.build_schedule(options)
+    labels, inside = torch.arange(64) % 10, []
+
+    def denoise(x, sigma, *labels):
+        start = time.perf_counter()
+        D = denoiser(x, sigma, *labels)
+        inside.append(time.perf_counter() - start)
+        return D
+    for sampler in evaluate.SAMPLERS:
+        more = {"churn": 10.0} if sampler == "edm-stochastic" else {"rtol": 0.01}
+        totals, calls = [], []
+        for _ in range(2 if quick else 6):
+            inside.clear()
+            start = time.perf_counter()
+            evaluate.generate(denoise, range(64), options["shape"], sampler, schedule, 6, labels,
+                              **more)
+            totals.append(time.perf_counter() - start)
+            calls.append(sum(inside))
+        ratio = statistics.median(t / c for t, c in zip(totals[1:], calls[1:]))
+        yield f"denoiser calls, seconds (other: {sampler}, all of it)", calls[1], ratio * calls[1]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute")
@@ -191,7 +217,7 @@ def main(argv=None):
     machine = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
     print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)
     rows = []
-    for part in (stf_target_rows, objective_rows):
+    for part in (stf_target_rows, objective_rows, sampler_rows):
         for what, mine, other in part(options.quick):
             ratio = other / mine if mine else float("inf")
             rows.append(dict(what=what, this_repo=mine, other=other, ratio=ratio))
