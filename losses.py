@@ -10,9 +10,10 @@ sums.  Labels are bound to `denoise` by the caller, and appear here only where r
 class must not count.
 
 Sources: EDM = Karras et al. 2022;  STF = Xu, Tong, Jaakkola 2023, "Stable Target Field for Reduced
-Variance Score Estimation in Diffusion Models";  SA = sequence-aware loss, SA-K-DPM;  DB = Yu et al.
-2024, "Unmasking Bias in Diffusion Model Training";  TCV = Taylor control variates;  P2 = Choi et
-al. 2022;  Min-SNR = Hang et al. 2023.
+Variance Score Estimation in Diffusion Models";  SA = "On Inference Stability for Diffusion Models",
+2024 (SA-K-DPM);  DB = Yu et al. 2024, "Unmasking Bias in Diffusion Model Training";  TCV = Jeha et
+al. 2024, "Variance reduction of diffusion model's gradients with Taylor approximation-based control
+variate";  P2 = Choi et al. 2022;  Min-SNR = Hang et al. 2023.
 """
 
 import torch

@@ -343,14 +343,17 @@ def update_beta(options, denoiser, batch, tools, step):
 
 
 def build_tools(pixels, labels, options):
-    """What a run's objective needs besides the batch; None where the loss has no use for it."""
+    """What a run's objective needs besides the batch; None where the loss has no use for it.
+
+    A reference that is the whole set needs no correction: its mean is the data's.
+    """
     schedule, stable = evaluate.build_schedule(options), "stf" in options["loss"]
     return dict(
         weight=evaluate.loss_weight(options),
         c_skip=lambda sigma: evaluate.precondition(options["target"], schedule, sigma)[0],
         beta=RunningBeta(device=options["device"]) if "taylor" in options["loss"] else None,
         correction=build_correction(pixels, labels, options)
-        if stable and options["mean-correction"] and options["batch"] <= len(pixels) else None)
+        if stable and options["mean-correction"] and options["ref-batch"] < len(pixels) else None)
 
 
 def build_correction(pixels, labels, options):
@@ -401,8 +404,6 @@ def train(options, data, run, state, denoiser, ema):
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
     log, frozen = Log(run, state["step"], options), options["head"] != "none" and options["init"]
-    for name, weight in denoiser.named_parameters():
-        weight.requires_grad_(not frozen or name.startswith("model.head."))
     tools = build_tools(pixels, labels, options)
     if tools["beta"] and state["beta"] is not None:
         tools["beta"].sums = state["beta"]

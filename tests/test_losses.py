@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losses import dsm_loss, stf_loss, stf_target, stf_weights
+from losses import dsm_loss, head_loss, stf_loss, stf_target, stf_weights
 
 SIGMAS = (0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 80.0)
 
@@ -530,3 +530,30 @@ def test_stf_minimiser_is_the_posterior_mean_of_a_finite_set():
         gradient = partial(stf_gradients, lambda x, s: shrink * direct(x, s, data))
         z = largest_z(each_its_own(gradient, *batch, references=references))
         assert z < 3.5 if shrink == 1 else z > 10
+
+
+# ---- Second heads --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["sn", "npr"])
+def test_head_minimiser_is_the_conditional_second_moment_of_gaussian_data(kind):
+    """E[eps^2 | x] = eps_hat^2 + v/(v + sigma^2), and the second term alone is NPR's."""
+    x0, noise, sigma = gaussian_batch(40000, seed=70)
+    theta = torch.zeros(len(x0), 2, dtype=torch.float64, requires_grad=True)
+
+    def gradient(shrink):
+        def moments(x, s):
+            D, spread = gaussian_denoiser(x, s), VARIANCE / (VARIANCE + s ** 2)
+            h = spread + (((x - D) / s) ** 2 if kind == "sn" else 0)
+            return D, shrink * h + theta[:, :1] + theta[:, 1:] * x.sin()
+        loss = head_loss(moments, x0, noise, sigma, kind)
+        assert loss.shape == (len(x0),)
+        return torch.autograd.grad(loss.sum(), theta)[0]
+    assert largest_z(gradient(1.0)) < 3.5 and largest_z(gradient(0.8)) > 10
+
+
+def test_head_does_not_train_the_denoiser():
+    a, x0 = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), randn(4, 2, seed=71)
+    h = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)
+    moments, noise = lambda x, s: (a * x, h), randn(4, 2, seed=72)
+    head_loss(moments, x0, noise, shaped([1.0] * 4, x0), "npr").sum().backward()
+    assert a.grad is None and h.grad.any()

@@ -94,6 +94,9 @@ def test_sa_batch_is_k_consecutive_levels_of_the_ladder_and_masked_below():
     level = (schedule.levels - b["sigma"].double().view(3, 8, 1)).abs().argmin(-1)
     assert (level[0] - level[1] == 1).all() and (level[1] - level[2] == 1).all()
     assert (b["tau"] == 1).all() and b["noise"][0].var() == pytest.approx(1, abs=0.1)
+    alike = [(noise[0] * noise[1]).mean() for noise in (b["noise"], train.draw_batch(
+        torch.from_numpy(data.x), None, o | {"level-noise": "path"}, schedule, 0)["noise"])]
+    assert abs(alike[0]) < 0.1 and alike[1] > 0.9
     schedule.training_sigma = lambda _: schedule.levels[:1].repeat(8)            # t = 1
     b = train.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
     assert b["tau"].view(3, 8)[:, 0].tolist() == [1, 0, 0] and (b["sigma"] == b["sigma"][0]).all()
@@ -191,6 +194,48 @@ def test_checkpoints_are_plain_tensors_whole_and_two(capsys):
     assert set(state) == {"step", "options", "model", "ema", "optimizer", "beta"}
     assert json.loads(json.dumps(state["options"])) == state["options"]
     assert json.loads(Path("run/options.json").read_text()) == state["options"]
+
+
+@pytest.mark.parametrize("argv", ["", "--cond", "--xflip", "--cond --xflip --augment 0.3",
+                                  "--no-mean-correction"])
+def test_stable_targets_of_a_run_are_unbiased_and_their_batch_mean_is_corrected(argv):
+    """E[target - x0] = 0 over 600 batches at high noise; by the way, how much its mean varies."""
+    argv = ["--batch", "8", "--ref-batch", "16", "--P-mean", "3", "--P-std", "0.5", *argv.split()]
+    o, data = options(argv)
+    pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
+    schedule, tools = evaluate.build_schedule(o), train.build_tools(pixels, labels, o)
+    error, varies = [], []
+    for step in range(300 if o["augment"] else 600):
+        b = train.draw_batch(pixels, labels, o, schedule, step)
+        target = train.stable_target(b, tools, b["x0"] + b["sigma"] * b["noise"], b["sigma"])
+        error.append((target - b["x0"]).mean(0).flatten())
+        varies.append(target.mean(0).flatten())
+    error, varies = torch.stack(error), torch.stack(varies)
+    z = error.mean(0) / error.std(0) * len(error) ** 0.5
+    assert 0.7 < (z ** 2).mean() < 1.35
+    spread = varies.var(0).mean() / (pixels / 127.5 - 1).var(0).mean() * 16
+    assert spread > 0.4 if not o["mean-correction"] else spread < 0.15
+
+
+@pytest.mark.parametrize("argv", ["", "--xflip", "--cond"])
+def test_a_runs_correction_has_mean_zero_given_its_sources(argv):
+    """Over 4,000 references around the same source, mirrored or not."""
+    o, data = options(["--batch", "4", "--ref-batch", "8", *argv.split()])
+    pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
+    correction, g = train.build_tools(pixels, labels, o)["correction"], torch.Generator()
+    x = datasets.load_rows(pixels, torch.arange(40), None, "cpu")
+    source = x[:1].flip(-1) if o["xflip"] else x[:1]
+    total, square = 0, 0
+    for seed in range(4000):
+        others = 1 + torch.randperm(39, generator=g.manual_seed(seed))[:4]
+        flip = torch.rand(4, generator=g) < 0.5 if o["xflip"] else None
+        rows = datasets.load_rows(pixels, others, flip, "cpu")
+        key = (labels[:1], torch.cat([labels[:1], labels[others]])) if o["cond"] else (None, None)
+        b = dict(source=source, sigma=torch.full((1, 1, 1, 1), 50.0), labels=key[0],
+                 reference=torch.cat([source, rows]), reference_labels=key[1])
+        total, square = total + correction(b), square + correction(b) ** 2
+    z = total / square.sqrt()
+    assert square.sum() > 0 and (z ** 2).mean() < 1.5
 
 
 LOSSES = train.OPTIONS["loss"][0]
