@@ -117,6 +117,7 @@ CALLS = {
                                                 for c in f(target, start()[2])]),
     "dsm_loss": lambda f: f(denoise, *start(), torch.reciprocal),
     "stf_target": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
+    "head_loss": lambda f: f(lambda x, sigma: (denoise(x, sigma), x), *start()),
     "antithetic_loss": lambda f: f(denoise, *start(), torch.reciprocal),
     "together": lambda f: f(denoise, PAIR, start()[2].expand(2, 4, 1)),
     "stf_weights": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
