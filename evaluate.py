@@ -298,28 +298,42 @@ def draw(denoise, x, labels, noise, sampler, schedule, t, gamma, choices):
 
 
 @torch.no_grad()
-def analytic_moments(run, denoiser, options, step, device="cpu", count=256):
+def analytic_moments(run, denoiser, options, step, weights="ema", device="cpu", count=128):
     """Analytic-DPM's Gamma, (levels, E|eps_hat|^2/d at each), measured once, kept with the run.
 
-    33 levels from .002 to 200, at each of them `count` images of the data with noise of their own.
+    33 levels from .002 to 200; `count` images of the data, each with a noise and its opposite, and
+    of |eps_hat|^2 only what it differs from |eps|^2 by: sigma^2 (1 - Gamma) would else be nothing
+    but noise at large sigma.
     """
-    path = os.path.join(run, f"analytic-{step:07d}.json")
+    path = os.path.join(run, f"analytic-{weights}-{step:07d}.json")
     if not os.path.exists(path):
-        data = load_data(options["data"], options["data-dir"], options["size"])
+        data = run_data(options)
         g = torch.Generator().manual_seed(options["seed"])
-        rows = torch.randperm(len(data.x), generator=g)[:count]
+        rows = torch.randperm(len(data.x), generator=g)[:count].repeat(2)
         x0 = load_rows(torch.from_numpy(np.asarray(data.x)), rows, None, device)
         labels = torch.from_numpy(data.labels)[rows].to(device) if options["cond"] else None
         levels, moments = torch.logspace(math.log10(0.002), math.log10(200), 33).tolist(), []
         for sigma in levels:
-            x = x0 + sigma * torch.randn(x0.shape, generator=g).to(device)
+            noise = torch.randn(x0[len(x0) // 2:].shape, generator=g).to(device)
+            noise = torch.cat([noise, -noise])                                    # (2 count, ...)
+            x = x0 + sigma * noise
             D = torch.cat([denoiser(x[i:i + 64], torch.tensor(sigma),
                                     None if labels is None else labels[i:i + 64])
                            for i in range(0, len(x), 64)])
-            moments.append(((x - D) / sigma).double().square().mean().item())
-        write_json(path, dict(levels=levels, moments=moments, images=len(x0)))
+            difference = ((x - D) / sigma).double() ** 2 - noise.double() ** 2
+            moments.append(1 + difference.mean().item())
+        write_json(path, dict(levels=levels, moments=moments, images=count))
     stored = json.loads(Path(path).read_text())
     return stored["levels"], stored["moments"]
+
+
+def run_data(options):
+    """The data that a run was trained on; BadInput if it has changed."""
+    data = load_data(options["data"], options["data-dir"], options["size"])
+    if data.fingerprint != options["fingerprint"]:
+        raise BadInput(f"the run was trained on other data than {data.source}; give it back what "
+                       "it had")
+    return data
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -503,7 +517,7 @@ def sample(args):
 
     gamma = None
     if choices.get("variance") == "analytic":
-        gamma = analytic_moments(args.run, denoiser, options, step, device)
+        gamma = analytic_moments(args.run, denoiser, options, step, args.weights, device)
     start, denoise = time.time(), Counted(denoiser)
     x = to_uint8(generate(denoise, range(args.seed, args.seed + args.num), options["shape"],
                           args.sampler, schedule, args.steps, labels,
@@ -543,11 +557,10 @@ def samplers(args):
     denoiser, options, step = load_run(args.run, device, args.weights)
     schedule = SCHEDULES[args.schedule]() if args.schedule else build_schedule(options)
     args.num = args.num or (64 if len(options["shape"]) > 1 else 4000)
-    real = real_features(load_data(options["data"], options["data-dir"], options["size"]),
-                         options["seed"])
+    real = real_features(run_data(options), options["seed"])
     reference, classes = moments(real[args.num:]), options["classes"]
     labels = torch.arange(args.num) % len(classes) if classes else None
-    gamma = analytic_moments(args.run, denoiser, options, step, device)
+    gamma = analytic_moments(args.run, denoiser, options, step, args.weights, device)
     grids = [(name, steps, more) for steps in args.steps for name, more in [
         ("euler", {}), ("heun", {}), ("edm-stochastic", {"churn": 10.0}), ("ddim", {"eta": 0.0}),
         ("ddim", {"eta": 0.5}), ("ddpm", {"variance": "beta_tilde"}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import evaluate
 import train
 from schedules import EDM, VP, SCHEDULES
@@ -162,18 +163,22 @@ def test_analytic_moments_are_measured_once_and_right_for_a_gaussian(tmp_path, m
     monkeypatch.chdir(tmp_path)
     v = 0.3
     np.save("x.npy", (np.random.default_rng(0).standard_normal((4000, 2)) * v ** 0.5).astype("f4"))
-    options = {"data": "x.npy", "data-dir": "data", "size": None, "seed": 0, "cond": False}
+    options = {"data": "x.npy", "data-dir": "data", "size": None, "seed": 0, "cond": False,
+               "fingerprint": datasets.load_data("x.npy").fingerprint}
     calls = []
 
     def denoise(x, sigma, labels=None):
         calls.append(1)
         return v / (v + sigma ** 2) * x
     levels, moments = evaluate.analytic_moments(".", denoise, options, 7, count=4000)
-    want = [s ** 2 / (v + s ** 2) for s in levels]
-    assert len(levels) == 33 and moments == pytest.approx(want, rel=0.06)
+    spread = [s ** 2 * (1 - moment) for s, moment in zip(levels, moments)]        # Cov[x0 | x]
+    want = [v * s ** 2 / (v + s ** 2) for s in levels]
+    assert len(levels) == 33 and spread == pytest.approx(want, rel=0.15)
     first = len(calls)
     assert evaluate.analytic_moments(".", denoise, options, 7) == (levels, moments)
-    assert len(calls) == first and Path("analytic-0000007.json").exists()
+    assert len(calls) == first and Path("analytic-ema-0000007.json").exists()
+    with pytest.raises(datasets.BadInput, match="other data"):
+        evaluate.analytic_moments(".", denoise, options | {"fingerprint": "another"}, 8)
 
 
 def test_guidance_exaggerates_the_class(run, capsys):
