@@ -383,3 +383,112 @@ UNETS = dict(
                 fir=(1, 3, 3, 1)),
     adm=dict(width=192, mult=(1, 2, 3, 4), blocks=3, attend=(32, 16, 8), adm=True),
 )
+
+
+# ---- Inception -----------------------------------------------------------------------------------
+
+class ConvBN(nn.Module):
+    """relu(BatchNorm(conv x)), the convolution without bias, "same" padding.  Needs: nothing."""
+
+    def __init__(self, cin, cout, kernel, stride=1, padding="same"):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps=1e-3)                        # TF's, not torch's 1e-5
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Branches side by side, each a chain of ConvBN; their outputs' channels are concatenated.
+
+    branches {name: steps}, a step (channels, kernel), or (channels, kernel, kernel) where it forks:
+    both take the same input, side by side again.  Layers: name_1, name_2, ..., name_3a and name_3b
+    at a fork, the bare name where there is but one step.  branch_pool pools 3x3 before its steps.
+    stride 2: in pooling and in the last step of each branch, without padding.  Needs: ConvBN.
+    """
+
+    def __init__(self, cin, branches, pool="average", stride=1):
+        super().__init__()
+        self.pool, self.stride, self.paths, self.cout = pool, stride, {}, 0
+        for branch, steps in branches.items():
+            width, path = cin, self.paths.setdefault(branch, [])
+            for i, (channels, *kernels) in enumerate(steps, 1):
+                name = f"{branch}_{i}" if len(steps) > 1 else branch
+                path.append([name + letter for letter in ("ab" if len(kernels) > 1 else [""])])
+                down = (2, 0) if stride == 2 and i == len(steps) else ()
+                for layer, kernel in zip(path[-1], kernels):
+                    self.add_module(layer, ConvBN(width, channels, kernel, *down))
+                width = channels * len(kernels)
+            self.cout += width
+
+    def pooled(self, x):
+        if self.pool == "max":
+            return F.max_pool2d(x, 3, self.stride, padding=self.stride % 2)
+        # TF divides by the pixels inside the image, 4 in a corner; torch, unasked, by 9 everywhere.
+        return F.avg_pool2d(x, 3, self.stride, padding=1, count_include_pad=False)
+
+    def forward(self, x):
+        outputs = []
+        for branch, path in self.paths.items():
+            h = self.pooled(x) if branch == "branch_pool" else x
+            for layers in path:
+                h = torch.cat([getattr(self, layer)(h) for layer in layers], dim=1)
+            outputs.append(h)
+        return torch.cat(outputs, dim=1)
+
+
+class Inception(nn.Module):
+    """Inception-v3 of 2015 (Szegedy et al.) as FID takes it from TF, under the names and shapes of
+    the public pt_inception-2015-12-05-6726825d.pth: load_state_dict accepts that file.
+
+    images (B, 3, H, W), uint8 or float in 0..255 -> pool3 (B, 2048), logits (B, 1008).
+    Published figures come from this very network, so its quirks are kept.  It only measures: made
+    in eval mode, its weights without gradients.  float32 whatever autocast does.
+    Needs: ConvBN, Mixed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, 2, 0)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, 1, 0)
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, 1, 0)
+        dbl, fork, row, column = [(64, 1), (96, 3), (96, 3)], (384, (1, 3), (3, 1)), (1, 7), (7, 1)
+        blocks = {f"5{block}": dict(
+            branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=dbl,
+            branch_pool=[(pool, 1)]) for block, pool in zip("bcd", (32, 64, 64))}
+        blocks["6a"] = dict(branch3x3=[(384, 3)], branch3x3dbl=dbl, branch_pool=[])
+        blocks |= {f"6{block}": dict(
+            branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, row), (192, column)],
+            branch7x7dbl=[(c, 1), (c, column), (c, row), (c, column), (192, row)],
+            branch_pool=[(192, 1)]) for block, c in zip("bcde", (128, 160, 160, 192))}
+        blocks["7a"] = dict(
+            branch3x3=[(192, 1), (320, 3)],
+            branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3)], branch_pool=[])
+        blocks |= {f"7{block}": dict(
+            branch1x1=[(320, 1)], branch3x3=[(384, 1), fork],
+            branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)]) for block in "bc"}
+        cin = 192
+        for name, branches in blocks.items():
+            pool = "max" if name in ("6a", "7a", "7c") else "average"   # 7c: TF's graph alone
+            block = Mixed(cin, branches, pool, stride=2 if name in ("6a", "7a") else 1)
+            self.add_module(f"Mixed_{name}", block)
+            cin = block.cout
+        self.fc = nn.Linear(cin, 1008)                  # 1000 classes and 8 that mean nothing
+        self.eval().requires_grad_(False)
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, enabled=False):
+            # Pixel centres aligned, not corners, and no antialiasing: large images do alias.
+            x = F.interpolate(images.float() / 255, (299, 299), mode="bilinear",
+                              align_corners=False, antialias=False)
+            x = 2 * x - 1                                               # (B, 3, 299, 299)
+            *body, (_, fc) = self.named_children()
+            for name, layer in body:
+                if name in ("Conv2d_3b_1x1", "Mixed_5b"):               # (B, 64, 73, 73) and
+                    x = F.max_pool2d(x, 3, 2)                           # (B, 192, 35, 35)
+                x = layer(x)            # then 35 x 35, from 6a on 17 x 17, from 7a on 8 x 8
+            pool3 = x.mean(dim=(2, 3))                                  # (B, 2048)
+            return pool3, fc(pool3)

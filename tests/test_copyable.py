@@ -112,6 +112,10 @@ CALLS = {
     "MLP": lambda f: filled(f(2, 8, 2, 3))(torch.ones(2, 2), torch.tensor([0.1, 7.0]),
                                            torch.tensor([0, 2])),
     "UNet": lambda f: torch.cat([unet(f, False), unet(f, True)]),
+    "ConvBN": lambda f: filled(f(8, 4, (1, 3)).eval())(IMAGE),
+    "Mixed": lambda f: filled(f(8, {"branch3x3": [(4, 1), (3, (1, 3), (3, 1))],
+                                    "branch_pool": [(2, 1)]}).eval())(IMAGE),
+    "Inception": lambda f: torch.cat(f()(EMB[None, None].expand(1, 3, 2, 16)), dim=1),
     "initialise": lambda f: f(LAYERS, False) or LAYERS[0].weight.clone(),
     "target_coefficients": lambda f: torch.cat([c for target in ("eps", "x0", "v", "F")
                                                 for c in f(target, start()[2])]),
