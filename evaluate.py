@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -163,8 +164,11 @@ def load_checkpoint(run, device="cpu"):
 
 
 def load_weights(denoiser, weights, run):
-    attempt(f"the weights of {run}", "it is not a checkpoint of this network",
-            lambda: denoiser.load_state_dict(weights))
+    try:
+        denoiser.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:     # torch lists every name there is
+        raise BadInput(f"the weights of {run} are not of this network; name another run, or build "
+                       "the network as that run did") from error
 
 
 def build_denoiser(options):
@@ -244,11 +248,11 @@ VARIANCES = ("beta_tilde", "beta", "analytic", "sn", "npr")
 
 
 def generate(denoise, seeds, shape, sampler, schedule, steps, labels=None, batch=64, device="cpu",
-             gamma=None, guide=1.0, **choices):
+             analytic=None, guide=1.0, **choices):
     """Samples, one per seed: (len(seeds), *shape), on the CPU.
 
     Sample i depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.  denoise:
-    a Denoiser, or any (x, sigma, labels) -> D.  choices: see CHOICES; gamma: analytic_moments,
+    a Denoiser, or any (x, sigma, labels) -> D.  choices: see CHOICES; analytic: analytic_moments,
     for that variance; guide: classifier-free guidance's weight.
     """
     t, samples = schedule.time_steps(steps), []
@@ -257,25 +261,25 @@ def generate(denoise, seeds, shape, sampler, schedule, steps, labels=None, batch
         noise = seeded_noise(seeds[i:i + batch], shape, device)
         D = denoise if guide == 1 else guidance(denoise, denoise, guide)
         x = schedule.sigma(t[0]) * noise()                                        # (b, *shape)
-        samples.append(draw(D, x, own, noise, sampler, schedule, t, gamma,
+        samples.append(draw(D, x, own, noise, sampler, schedule, t, analytic,
                             {name: choices.get(name, value)
                              for name, (_, value) in CHOICES.items()}).cpu())
     return torch.cat(samples)
 
 
-def draw(denoise, x, labels, noise, sampler, schedule, t, gamma, choices):
+def draw(denoise, x, labels, noise, sampler, schedule, t, analytic, choices):
     """The named sampler from x, of noise level sigma(t[0]); labels: () or one tensor (b,)."""
     sigma, start, images = schedule.sigma(t), schedule.s(t[0]) * x, x.ndim > 2
     variance, cap, kept = choices["variance"], None, {}
 
     def D(x, sigma):
         if choices["variance"] in ("sn", "npr"):          # one call of the network gives D and head
-            D_x, kept["head"] = denoise.moments(x, sigma, *labels)
+            D_x, kept["head"] = denoise.with_head(x, sigma, *labels)
             return D_x
         return denoise(x, sigma, *labels)
 
     if variance == "analytic":
-        variance = analytic_covariance(*gamma)
+        variance = analytic_covariance(*analytic)
     elif variance in ("sn", "npr"):
         covariance = sn_covariance if variance == "sn" else npr_covariance
         variance = covariance(lambda x, sigma: kept["head"])
@@ -386,15 +390,15 @@ def report(options, data, run, ema, seconds, count=128):
     reference = moments(real[count:])
     distance, floor = (frechet_distance(*moments(features), *reference)
                        for features in (pixel_features(fake), real[:count]))
-    print(f"\n{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
-          "   sigma   DSM loss   STF loss   images averaged   target noise in DSM\n"
+    print(f"{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
+          "   sigma   DSM loss   STF loss   sources averaged  target noise in DSM\n"
           "                                 by STF (ESS)      (chance no network can learn)")
     for sigma, dsm, stf, size in table:
         print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {size:15.1f} {1 - stf / dsm:12.0%}")
     space = "pixel space" if data.x.ndim == 4 else "the points' space"
     print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
           f"{2 * options['sample-steps'] - 1}): {distance:.3f}\n"
-          f"{'the floor, ' + str(count) + ' real images instead':>40}: {floor:.3f}\n")
+          f"{'the floor, ' + str(count) + ' real samples instead':>40}: {floor:.3f}\n")
     with open(os.path.join(run, "log.jsonl"), "a") as f:
         f.write(json.dumps(dict(step=options["steps"], frechet_pixels=distance, floor=floor,
                                 count=count, loss_by_sigma=table)) + "\n")
@@ -424,11 +428,27 @@ def number(kind, low, high=float("inf")):
     """A type for argparse: an int or float within [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
+        if not (low <= value <= high and math.isfinite(value)):
+            above = "a number above 0" if 0 < low < 1 else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not " + (
+                above if high == float("inf") else f"within [{low}, {high}]"))
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def multipliers(text):
+    """A type for argparse: whole numbers above 0, separated by commas."""
+    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text):
+        raise ValueError(text)
+    return text
+
+
+def even(text):
+    """A type for argparse: an even number of at least 4 (sines and cosines come in pairs)."""
+    if int(text) < 4 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text} is not an even number of at least 4")
+    return int(text)
 
 
 def parser():
@@ -441,7 +461,7 @@ def parser():
         command.add_argument("--num", type=number(int, 1),
                              help="default: 64 images, or 4000 points")
         command.add_argument("--schedule", choices=SCHEDULES, help="default: the run's own")
-        command.add_argument("--seed", type=number(int, 0), default=0,
+        command.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
                              help="sample i has seed SEED + i (default: 0)")
         command.add_argument("--batch", type=number(int, 1), default=64,
                              help="default: 64; changes no image")
@@ -451,16 +471,18 @@ def parser():
     table.add_argument("--steps", type=number(int, 1), nargs="+", default=[6, 12, 24, 48],
                        help="default: 6 12 24 48")
     c.add_argument("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
-    c.add_argument("--steps", type=number(int, 1), default=18, help="default: 18")
+    c.add_argument("--steps", type=number(int, 1), default=18,
+                   help="default: 18; rk45 chooses its own")
     c.add_argument("--churn", type=number(float, 0), help="edm-stochastic's S_churn (default: 0)")
-    c.add_argument("--eta", type=number(float, 0, 1), help="ddim's noise (default: 0)")
-    c.add_argument("--snr", type=number(float, 1e-9), help="of pc's corrector (default: 0.16)")
-    c.add_argument("--rtol", type=number(float, 1e-12, 1),
+    c.add_argument("--eta", type=number(float, 0, 1), help="ddim's noise, 0 to 1 (default: 0)")
+    c.add_argument("--snr", type=number(float, 1e-4, 1), help="of pc's corrector (default: 0.16)")
+    c.add_argument("--rtol", type=number(float, 1e-7, 1),
                    help="rk45's relative and absolute tolerance (default: 1e-5)")
     c.add_argument("--variance", choices=VARIANCES, help="of ddpm (default: beta_tilde) and, but "
                    "for beta, of ddim; sn and npr need a run with that --head")
     c.add_argument("--guidance", type=number(float, 0), default=1.0,
-                   help="D_u + GUIDANCE (D_c - D_u) (default: 1, no guidance)")
+                   help="classifier-free: away from the unconditional denoiser if above 1 "
+                   "(default: 1, none)")
     c.add_argument("--class", dest="label", help="name or number of one class; none: all in turn")
     c.add_argument("--out", help="a .png grid or an .npz of arrays; none: a .png in RUN")
     return p
@@ -507,21 +529,25 @@ def sample(args):
         labels = torch.full((args.num,), names.index(args.label))
     elif classes:
         labels = torch.arange(args.num) % len(classes)
-    suffix = "" if args.label is None else f"-{args.label}"
     how = args.sampler + ("" if args.sampler == "rk45" else f", {args.steps} steps")
-    out = args.out or f"{args.run}/{args.sampler}-{args.steps}{suffix}.png"
+    for name, value in [*choices.items(), ("schedule", args.schedule), ("class", args.label),
+                        ("guidance", args.guidance if args.guidance != 1 else None),
+                        ("seed", args.seed or None), ("raw", args.weights == "raw" or None)]:
+        how += f", {name} {value}" if value is not None else ""
+    name = how.replace(" steps", "").replace(", ", "-").replace(" ", "-")
+    out = args.out or f"{args.run}/{name}.png"
     if os.path.isdir(out) or not out.endswith((".png", ".npz")):
         raise BadInput(f"--out {out} is not a file's name ending in .png or .npz; choose another")
     attempt(out, "choose another --out", lambda: open(f"{out}.part", "wb").close())
     os.remove(f"{out}.part")
 
-    gamma = None
+    analytic = None
     if choices.get("variance") == "analytic":
-        gamma = analytic_moments(args.run, denoiser, options, step, args.weights, device)
+        analytic = analytic_moments(args.run, denoiser, options, step, args.weights, device)
     start, denoise = time.time(), Counted(denoiser)
     x = to_uint8(generate(denoise, range(args.seed, args.seed + args.num), options["shape"],
                           args.sampler, schedule, args.steps, labels,
-                          args.batch if images else args.num, device, gamma, args.guidance,
+                          args.batch if images else args.num, device, analytic, args.guidance,
                           **choices))
     if out.endswith(".npz"):
         with open(f"{out}.part", "wb") as file:
@@ -544,11 +570,11 @@ class Counted:
         self.denoiser, self.rows = denoiser, 0
 
     def __call__(self, x, sigma, *labels):
-        return self.moments(x, sigma, *labels)[0]
+        return self.with_head(x, sigma, *labels)[0]
 
-    def moments(self, x, sigma, *labels):
+    def with_head(self, x, sigma, *labels):
         self.rows += len(x)
-        return self.denoiser.moments(x, sigma, *labels)
+        return self.denoiser.with_head(x, sigma, *labels)
 
 
 def samplers(args):
@@ -557,10 +583,14 @@ def samplers(args):
     denoiser, options, step = load_run(args.run, device, args.weights)
     schedule = SCHEDULES[args.schedule]() if args.schedule else build_schedule(options)
     args.num = args.num or (64 if len(options["shape"]) > 1 else 4000)
+    for steps in args.steps:
+        attempt(f"--steps {steps}", "choose fewer", schedule.time_steps, steps)
     real = real_features(run_data(options), options["seed"])
+    if not 2 <= args.num <= len(real) // 2:
+        raise BadInput(f"--num {args.num} is not within [2, {len(real) // 2}], half of the data")
     reference, classes = moments(real[args.num:]), options["classes"]
     labels = torch.arange(args.num) % len(classes) if classes else None
-    gamma = analytic_moments(args.run, denoiser, options, step, args.weights, device)
+    analytic = analytic_moments(args.run, denoiser, options, step, args.weights, device)
     grids = [(name, steps, more) for steps in args.steps for name, more in [
         ("euler", {}), ("heun", {}), ("edm-stochastic", {"churn": 10.0}), ("ddim", {"eta": 0.0}),
         ("ddim", {"eta": 0.5}), ("ddpm", {"variance": "beta_tilde"}),
@@ -573,7 +603,7 @@ def samplers(args):
     for name, steps, more in grids:
         denoise = Counted(denoiser)
         x = generate(denoise, range(args.seed, args.seed + args.num), options["shape"], name,
-                     schedule, steps, labels, args.batch, device, gamma, **more)
+                     schedule, steps, labels, args.batch, device, analytic, **more)
         distance = frechet_distance(*moments(pixel_features(x)), *reference)
         called = f"{name} " + " ".join(f"{key} {value}" for key, value in more.items())
         print(f"{called:32}{steps if name != 'rk45' else '':>6}{denoise.rows / args.num:8g}"

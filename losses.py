@@ -202,8 +202,8 @@ def measure_gamma(x0, noise, levels, reference, labels=None, reference_labels=No
         gamma(sigma) = Cov(T, ybar_{-i}) / Var(ybar_{-i})
                      = E sum_{k != i} w_k/(1 - w_k) <y_k - T, y_k - mu> / E |y - mu|^2
 
-    exactly, for T moves by w_k (y_k - T_{-k}) = w_k/(1 - w_k) (y_k - T) when y_k, which is
-    independent of T_{-k}, joins the references.  Clamped to [0, 1].
+    exactly: T_{-k}, the target without reference k, is independent of y_k, and T differs from it by
+    w_k (y_k - T_{-k}) = w_k/(1 - w_k) (y_k - T).  Clamped to [0, 1].
 
     To be measured, for it depends on the data: about the posterior's variance over the data's, it
     is 1 - c_skip on Gaussians, but near 0 up to sigma 4 on photographs, whose posteriors are sharp.
@@ -257,9 +257,9 @@ def sa_tau(ladder, t, K, kind="unit"):
     step i moves the posterior's mean by its share (1 - sigma_{i-1}^2/sigma_i^2) sigma_i, and each
     later step j shrinks that by sigma_{j-1}^2/sigma_j^2, which telescopes.
 
-    kind 'unit': 1, as the published code has it;  'paper': tau_i, and tau_1 = 0, on linear betas
-    8e-3 to 1e-8, so that its loss does next to nothing;  'window': tau_s/tau_t, the same errors
-    measured at the window's start (1 at the ladder's first level).
+    kind 'unit': 1, as the published code has it;  'paper': tau_i, and tau_1 = 0: on linear betas it
+    falls from 8e-3 at i = 2 to 1e-8 at 1000, so that its loss does next to nothing;  'window':
+    tau_s/tau_t, the same errors measured at the window's start (1 at the ladder's first level).
 
     ladder (T,), t (B,) int64 in 1..T -> (K, B) float64.  Needs: nothing.
     """
@@ -316,29 +316,31 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 # with E = 0 for k = 0, and the trace of F's Jacobian (times c_in sigma) for k = 1, 2.
 
 def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
-    """b (T^k.noise - E) in D's units, coordinate by coordinate; its sum has mean 0 over the noise.
+    """c_out^2 b (T^k.noise - E), coordinate by coordinate; its sum has mean 0 over the noise.
 
         c_skip sigma (T.noise - E),    G(y) = D(y; sigma) - c_skip y,    J, H: its derivatives
         T = G + sigma J noise + sigma^2/2 H[noise, noise],    E = sigma tr J (order 0: T = G, E = 0)
 
-    The trace is exact, by d products with J; or, with a probe (B, ...) of random signs,
-    Hutchinson's probe.J probe, of the same mean: one product, more variance.
+    F's polynomial without F: G(x) = c_out F(c_in x), and c_out b = c_skip sigma.  The trace is
+    exact, by d products with J; or, with a probe (B, ...) of random signs, Hutchinson's
+    probe.J probe, of the same mean: one product, more variance.
     y (B, ...) with requires_grad if order > 0, D0 = D(y; sigma), c_skip (B, 1, ..., 1) -> (B, ...).
     Needs: nothing.
     """
     G = D0 - c_skip * y
-    T = G * noise                                                                 # T.noise - E
+    dot = G * noise                                                               # T.noise - E
     product = lambda v: torch.autograd.grad(G, y, v, create_graph=True)[0]        # J^T v
     if order > 0 and probe is None:
         basis = torch.eye(y[0].numel()).to(y).view(-1, 1, *y.shape[1:])           # (d, 1, ...)
         trace = sum(product(e.expand_as(y)) * e for e in basis)
-        T = T + sigma * (product(noise) * noise - trace)
+        dot = dot + sigma * (product(noise) * noise - trace)
     elif order > 0:
-        T = T + sigma * (product(noise) * noise - product(probe) * probe)
+        dot = dot + sigma * (product(noise) * noise - product(probe) * probe)
     if order > 1:
         curve = (product(noise) * noise).sum()                                    # noise.J noise
-        T = T + sigma ** 2 / 2 * torch.autograd.grad(curve, y, create_graph=True)[0] * noise
-    return c_skip * sigma * T
+        H = torch.autograd.grad(curve, y, create_graph=True)[0]                   # H[noise, .]
+        dot = dot + sigma ** 2 / 2 * H * noise
+    return c_skip * sigma * dot
 
 
 def taylor_terms(denoise, x0, noise, sigma, weight, c_skip, order=0, probe=None):
@@ -443,18 +445,18 @@ class RunningBeta:
 
 # ---- Second heads --------------------------------------------------------------------------------
 
-def head_loss(moments, x0, noise, sigma, kind="sn"):
+def head_loss(with_head, x0, noise, sigma, kind="sn"):
     """Regression of a second head h on squared noise, for the covariances of the DDPM sampler.
 
         sn   |h - eps^2|^2                   h -> E[eps^2 | x]                 (SN-DPM)
         npr  |h - (eps - eps_hat)^2|^2       h -> E[(eps - eps_hat)^2 | x]     (NPR-DPM)
 
     eps_hat = (x - D)/sigma, detached.  To be trained in eval mode: dropout in eps_hat would add its
-    own variance to NPR's, as it does in the published code.  moments(x, sigma) -> D, h; noise
-    (B, ...), sigma (B, 1, ..., 1) -> (B,).  Needs: nothing.
+    own variance to NPR's, as it does in the published code.  with_head(x, sigma) -> D, h;
+    x0, noise (B, ...), sigma (B, 1, ..., 1) -> (B,).  Needs: nothing.
     """
     x = x0 + sigma * noise                                                        # (B, ...)
-    D, h = moments(x, sigma)
+    D, h = with_head(x, sigma)
     target = noise if kind == "sn" else noise - ((x - D) / sigma).detach()
     return ((h - target ** 2) ** 2).flatten(1).mean(1)                            # (B,)
 

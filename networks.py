@@ -6,6 +6,7 @@
                as improved and published with EDM (Karras et al. 2022, its code's "SongUNet" and
                "DhariwalUNet"), one class.  Parameter names and shapes are those of the published
                networks: Denoiser(UNet(...)).load_state_dict accepts their exported weights.
+    Inception  features and class logits of images, for FID, KID and IS
 
 labels (B,) int64, -1 for "no class"; augment_labels (B, augment_dim) or None for "not augmented".
 """
@@ -27,8 +28,8 @@ class Denoiser(nn.Module):
     (B, 1, ..., 1) -> (B, ...).  The arithmetic around F is float32, or float64 where x is,
     whatever autocast does.
 
-    A model with a head gives twice the channels; `moments` is D and that second half, as it is: of
-    the size of eps^2, for the covariances of SN-DPM and NPR-DPM.  None without a head.
+    A model with a head gives twice the channels; `with_head` is D and that second half, as it is:
+    of the size of eps^2, for the covariances of SN-DPM and NPR-DPM.  None without a head.
     """
 
     def __init__(self, model, precondition):
@@ -36,9 +37,9 @@ class Denoiser(nn.Module):
         self.model, self.precondition = model, precondition
 
     def forward(self, x, sigma, labels=None, augment_labels=None):
-        return self.moments(x, sigma, labels, augment_labels)[0]
+        return self.with_head(x, sigma, labels, augment_labels)[0]
 
-    def moments(self, x, sigma, labels=None, augment_labels=None):
+    def with_head(self, x, sigma, labels=None, augment_labels=None):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         sigma = torch.as_tensor(sigma).to(x, non_blocking=True)
         sigma = sigma.expand(len(x)).view(-1, *[1] * (x.ndim - 1)) if sigma.ndim == 0 else sigma

@@ -97,7 +97,7 @@ def heun(denoise, x, t, schedule, callback=None):
     """Heun's method on the probability flow ODE: second order (EDM Algorithm 1).  NFE = 2N - 1.
 
         x' = x + (t_{i+1} - t_i) d,  d = dx/dt(x, t_i),  d' = dx/dt(x', t_{i+1})
-        x <- x + (t_{i+1} - t_i) (d + d')/2,     or x' itself where sigma(t_{i+1}) = 0
+        x <- x + (t_{i+1} - t_i) (d + d')/2,     or x' itself where t_{i+1} = 0
 
     x (B, ...), t (N + 1,) -> (B, ...).  Needs: ode_slope, record, checked.
     """

@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import re
 import sys
 import time
 from functools import partial
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evaluate
 from datasets import BadInput, load_data, load_rows
-from evaluate import number
+from evaluate import even, multipliers, number
 from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
                     augmented_stf_target, draw_augmentation, dsm_loss, head_loss, interpolate,
                     mean_correction, measure_gamma, path_noise, sa_loss, sa_tau, stf_atoms,
@@ -35,20 +34,6 @@ from schedules import SCHEDULES
 
 
 # ---- Options -------------------------------------------------------------------------------------
-
-def multipliers(text):
-    """A type for argparse: whole numbers above 0, separated by commas."""
-    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text):
-        raise ValueError(text)
-    return text
-
-
-def even(text):
-    """A type for argparse: an even number of at least 4 (sines and cosines come in pairs)."""
-    if int(text) < 4 or int(text) % 2:
-        raise argparse.ArgumentTypeError(f"{text} is not an even number of at least 4")
-    return int(text)
-
 
 COUNT, INDEX, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
 
@@ -64,21 +49,23 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "ref-batch": (COUNT, (1024, 1024, 4096), "size n of STF's reference, the batch included"),
     "mean-correction": (bool, True, "correct what STF's targets of a batch have in common"),
     "K": (COUNT, 2, "sa: consecutive levels"),
-    "lam": (number(float, 0), None, "sa: weight of the gap; none: 1, .3, then .2 for K = 2, 3, 4"),
-    "tau": (["unit", "window", "paper"], "unit", "sa: factors of the K errors"),
+    "lam": (number(float, 0), None, "sa: weight of the term of K errors; by default 0, 1, .3 for K "
+            "= 1, 2, 3, then .2"),
+    "tau": (["unit", "window", "paper"], "unit", "sa: factors of the K errors: 1, as published; "
+            "Theorem 1's, as shares of the first; Theorem 1's"),
     "level-noise": (["independent", "path"], "independent", "sa: noises of the K levels, as "
                     "published, or of one path, nearly unbiased"),
-    "order": (number(int, 0, 2), 0, "taylor: of the polynomial"),
-    "trace": (["hutchinson", "exact"], "hutchinson", "taylor: of orders 1 and 2"),
+    "order": (number(int, 0, 2), 0, "of the Taylor polynomial around the clean image"),
+    "trace": (["hutchinson", "exact"], "hutchinson", "how orders 1 and 2 get the Jacobian's"),
     "control": (["switch", "atoms"], "switch", "stf-taylor: a control below a noise level and STF "
                 "above it, or both everywhere, the control averaged over the posterior"),
-    "switch": (number(float, 1e-9), (0.1, 0.03, 0.1), "stf-taylor: the noise level"),
-    "atoms": (COUNT, 4, "stf-taylor: references in the control"),
-    "head": (["none", "sn", "npr"], "none", "a second output for the covariances of that name"),
+    "switch-sigma": (number(float, 1e-9), (0.1, 0.03, 0.1), "control switch: the noise level"),
+    "atoms": (COUNT, 4, "control atoms: references in each control"),
+    "head": (["none", "sn", "npr"], "none", "a second output, for evaluate.py sample --variance"),
     "init": (str, None, "a run to start from, its averaged weights; with --head they stay as they "
              "are, and the head alone learns"),
-    "sigma-draw": (["independent", "stratified", "antithetic"], "independent", "noise levels of a "
-                   "batch: the distribution of each is the same"),
+    "sigma-draw": (["independent", "stratified", "antithetic"], "independent", "quantiles of "
+                   "a batch's noise levels: one in each B-th, or in pairs u, 1 - u"),
     "weight": (["schedule", *WEIGHTS], "schedule", "of the loss; schedule: the row's own"),
     "normalize-weight": (bool, False, "make the weight on eps 1 on average over the noise levels"),
     "target": (["schedule", "eps", "x0", "v", "F"], "schedule", "what the raw network predicts"),
@@ -93,7 +80,7 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "dropout": (SHARE, 0.0, "of the network's activations"),
     "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
     "steps": (COUNT, (750, 3000, 100_000), "training steps"),
-    "batch": (COUNT, (16, 256, 128), "images per step"),
+    "batch": (number(int, 1, 65_536), (16, 256, 128), "samples per step"),
     "lr": (number(float, 1e-9), (4e-3, 5e-3, 1e-3), "learning rate of AdamW"),
     "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises from 0"),
     "decay": (SHARE, (0.7, 0.8, 0.0), "last share of the steps, over which the rate falls to 0"),
@@ -113,7 +100,8 @@ MAY_CHANGE = {"steps", "device", "sample-every", "sample-steps", "checkpoint-eve
 KINDS = ("digits", "points", "images")
 BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",), "tau": ("sa",),
            "level-noise": ("sa",), "order": ("taylor", "stf-taylor"), "control": ("stf-taylor",),
-           "trace": ("taylor", "stf-taylor"), "switch": ("stf-taylor",), "atoms": ("stf-taylor",)}
+           "trace": ("taylor", "stf-taylor"), "switch-sigma": ("stf-taylor",),
+           "atoms": ("stf-taylor",)}
 
 
 def parser():
@@ -161,6 +149,13 @@ def resolve(given, data):
          "not Gaussian, and the higher orders' means not known"),
         (taylor and atoms and options["augment"], "--control atoms would have to augment every "
          "reference; --control switch need not"),
+        (given["switch-sigma"] is not None and atoms, "--switch-sigma belongs to --control switch"),
+        (given["atoms"] is not None and not atoms, "--atoms belongs to --control atoms"),
+        (given["trace"] is not None and not options["order"], "--trace belongs to --order 1 or 2"),
+        (options["schedule"] != "edm" and (given["P-mean"], given["P-std"]) != (None, None),
+         "--P-mean and --P-std belong to --schedule edm"),
+        (head and options["init"] and given["loss"], "--loss: with --init the head learns alone; "
+         "leave it out"),
         (options["loss"] == "sa" and options["K"] > 1000, "--K: the ladder has 1000 levels"),
         (head and options["dropout"] and not options["init"], "--head: dropout would add its own "
          "variance to the noise's; train the head afterwards, with --init RUN"),
@@ -176,6 +171,18 @@ def resolve(given, data):
         if bad:
             raise BadInput(sentence)
     return options
+
+
+def inherit(given, stored):
+    """What --init RUN fixes: network, noise levels; and its data, unless others are given."""
+    fixed = ["cond", "schedule", "target", "arch", "width", "mult", "blocks", "augment"]
+    fixed += ["P-mean", "P-std"] if stored["schedule"] == "edm" else []
+    differ = [f"--{name} {given[name]} (was {stored[name]})" for name in fixed
+              if given[name] not in (None, stored[name])]
+    if differ:
+        raise BadInput(f"--init {given['init']}: cannot change {', '.join(differ)}")
+    return given | {name: stored[name] for name in fixed} | {
+        name: stored[name] for name in ("data", "data-dir", "size") if given[name] is None}
 
 
 def resume(given, stored, data, run):
@@ -204,16 +211,17 @@ def generator(seed, step, stream, device="cpu"):
 def draw_batch(pixels, labels, options, schedule, step):
     """The batch of a step: a dict of what the objective needs.
 
-    reference (n, ...) are rows without repetition, and its first B the sources of x0: so
-    --ref-batch N is the whole set, and each x0 is as likely to be any row of its reference, which
-    keeps STF unbiased.  x0 (B, ...) are the sources, augmented by a (B, 8) if asked for.
+    reference (n, ...) are rows without repetition (but where the batch exceeds the data), and its
+    first B the sources of x0: so --ref-batch N is the whole set, and each x0 is as likely to be any
+    row of its reference, which keeps STF unbiased.  x0 (B, ...) are the sources, augmented by
+    a (B, 8) if asked for.
     """
     B, N, device, K = options["batch"], len(pixels), options["device"], options["K"]
     n = options["ref-batch"] if "stf" in options["loss"] else B
     g = generator(options["seed"], step, 0)
     rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
-    flip = torch.rand(n, generator=g) < 0.5 if options["xflip"] else None
     u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
+    flip = torch.rand(n, generator=g) < 0.5 if options["xflip"] else None
     if options["sigma-draw"] == "stratified":
         u = (torch.arange(B) + u) / B
     elif options["sigma-draw"] == "antithetic":
@@ -230,9 +238,8 @@ def draw_batch(pixels, labels, options, schedule, step):
         batch["a"] = draw_augmentation(B, options["augment"], g).to(device)       # (B, 8)
         batch["x0"] = augment(batch["x0"], batch["a"])
     if options["loss"] == "stf-taylor":
-        batch["low"], batch["high"] = ((on.nonzero().flatten().to(device))
-                                       for on in (sigma < options["switch"],
-                                                  sigma >= options["switch"]))
+        low = sigma < options["switch-sigma"]
+        batch["low"], batch["high"] = (on.nonzero().flatten().to(device) for on in (low, ~low))
     shape = batch["x0"].shape
     if options["loss"] == "sa":
         ladder = ladder_of(schedule)                                              # (T,)
@@ -242,12 +249,10 @@ def draw_batch(pixels, labels, options, schedule, step):
         batch["tau"] = sa_tau(ladder, t, K, options["tau"])
     g = generator(options["seed"], step, 1, device)
     batch["noise"] = torch.randn(shape, generator=g, device=device)               # (B, ...)
-    batch["probe"] = (torch.randn(shape, generator=g, device=device).sign() if options["order"]
-                      else None)
-    for name, values in [("sigma", sigma), ("tau", batch.get("tau"))]:
-        if values is not None:                                                    # (B, 1, ..., 1)
-            ones = [1] * (reference.ndim - 1)
-            batch[name] = values.to(batch["noise"]).view(*values.shape, *ones)
+    batch["probe"] = torch.randn(shape, generator=g, device=device).sign()
+    ones, batch["sigma"] = [1] * (reference.ndim - 1), sigma                       # (B, 1, ..., 1)
+    for name in {"sigma", "tau"} & set(batch):
+        batch[name] = batch[name].to(batch["noise"]).view(*sigma.shape, *ones)
     if options["loss"] == "sa" and options["level-noise"] == "path":
         batch["noise"] = path_noise(batch["noise"], batch["sigma"])
     return batch
@@ -270,12 +275,11 @@ def part(batch, rows):
 # ---- Objectives ----------------------------------------------------------------------------------
 
 def objective(options, denoiser, batch, tools):
-    """The loss of each sample, (B,): --loss."""
+    """The loss of each sample, (B,), by --loss; --control switch puts low noise levels first."""
     kind, denoise = options["loss"], bind(denoiser, batch)
     common = denoise, batch["x0"], batch["noise"], batch["sigma"], tools["weight"]
     if options["head"] != "none":
-        moments = bind(denoiser.moments, batch)
-        loss = head_loss(moments, *common[1:4], options["head"])
+        loss = head_loss(bind(denoiser.with_head, batch), *common[1:4], options["head"])
         return loss if options["init"] else loss + objective(options | {"head": "none"}, denoiser,
                                                              batch, tools)
     if kind == "dsm":
@@ -289,8 +293,8 @@ def objective(options, denoiser, batch, tools):
         return sa_loss(*common, batch["tau"], lam if options["lam"] is None else options["lam"])
     if kind == "stf-taylor" and options["control"] == "switch":
         groups = [("taylor", batch["low"]), ("stf", batch["high"])]
-        return torch.cat([objective(options | {"loss": kind}, denoiser, part(batch, rows), tools)
-                          for kind, rows in groups if len(rows)])
+        return torch.cat([objective(options | {"loss": loss}, denoiser, part(batch, rows), tools)
+                          for loss, rows in groups if len(rows)])
     loss, control = control_terms(options, denoise, batch, tools)
     return loss - tools["beta"](batch["sigma"]).flatten() * control
 
@@ -399,11 +403,13 @@ def train(options, data, run, state, denoiser, ema):
     labels = None if labels is None else torch.from_numpy(labels)
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), betas=(0.9, options["beta2"]), fused=True,
+    frozen = options["head"] != "none" and options["init"]
+    learned = denoiser.model.head if frozen else denoiser
+    optimizer = torch.optim.AdamW(learned.parameters(), betas=(0.9, options["beta2"]), fused=True,
                                   weight_decay=options["weight-decay"])
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
-    log, frozen = Log(run, state["step"], options), options["head"] != "none" and options["init"]
+    log = Log(run, state["step"], options)
     tools = build_tools(pixels, labels, options)
     if tools["beta"] and state["beta"] is not None:
         tools["beta"].sums = state["beta"]
@@ -515,12 +521,12 @@ class Log:
                 self.mean = loss if self.mean is None else 0.98 * self.mean + 0.02 * loss
         step, self.waiting, self.last = self.waiting[-1][0], [], time.time()
         if not np.isfinite(self.mean):
-            raise BadInput(f"the loss is not finite at step {step}; try a smaller --lr, then "
-                           "--resume goes on from the last checkpoint")
+            raise BadInput(f"the loss is not finite at step {step}; try a smaller --lr; "
+                           "--resume goes on from the last checkpoint, where there is one")
         pace = (self.last - self.start) / (step - self.first)
         left = int(pace * (self.options["steps"] - step))
         evaluate.status(f"step {step}/{self.options['steps']}  loss {self.mean:.4f}  "
-                        f"{self.options['batch'] / pace:.0f} images/s  "
+                        f"{self.options['batch'] / pace:.0f} samples/s  "
                         f"{left // 60}:{left % 60:02d} left")
 
     def close(self):
@@ -548,15 +554,18 @@ def run_training(given):
     if again:
         run = evaluate.newest_run("runs") if again == "newest" else again
         stored = evaluate.read_options(run, [*OPTIONS, "shape", "classes", "fingerprint"])
+    if given["init"] and not again:
+        given = inherit(given, evaluate.read_options(given["init"], [*OPTIONS]))
     data = load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
                                 for name in ("data", "data-dir", "size")))
     options = resume(given, stored, data, run) if again else resolve(given, data)
+    frozen = f"head-{options['head']}" if options["init"] and options["head"] != "none" else ""
     torch.manual_seed(options["seed"])
     denoiser = evaluate.build_denoiser(options).to(options["device"])
     size = sum(p.numel() for p in denoiser.parameters())
     print(f"data      {data.source}\nnetwork   {options['arch']}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {options['loss']}, schedule {options['schedule']}, {options['steps']} steps "
-          f"of {options['batch']}, on {options['device']}")
+          f"loss      {frozen or options['loss']}, schedule {options['schedule']}, "
+          f"{options['steps']} steps of {options['batch']}, on {options['device']}")
     if dry:
         print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
         return 0
@@ -572,7 +581,7 @@ def run_training(given):
         for network in (denoiser, ema):
             evaluate.load_weights(network, network.state_dict() | weights, options["init"])
     if not again:
-        run = evaluate.new_run(options["out"], f"{data.name}-{options['loss']}")
+        run = evaluate.new_run(options["out"], f"{data.name}-{frozen or options['loss']}")
     if state["step"] >= options["steps"]:
         raise BadInput(f"{run} has its {state['step']} steps; give --steps a larger number")
     evaluate.write_json(os.path.join(run, "options.json"), options)

@@ -153,7 +153,7 @@ def test_head_learns_what_it_is_named_for(tmp_path, monkeypatch, capsys):
         denoiser = evaluate.load_run(head)[0]
         noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            found[head] = denoiser.moments(0.3 * noise, torch.tensor(0.3))[1]
+            found[head] = denoiser.with_head(0.3 * noise, torch.tensor(0.3))[1]
     assert (found["sn"] - noise ** 2).square().mean() < 0.3 * (noise ** 2).var()
     assert found["npr"].abs().mean() < 0.1
 
@@ -179,6 +179,16 @@ def test_analytic_moments_are_measured_once_and_right_for_a_gaussian(tmp_path, m
     assert len(calls) == first and Path("analytic-ema-0000007.json").exists()
     with pytest.raises(datasets.BadInput, match="other data"):
         evaluate.analytic_moments(".", denoise, options | {"fingerprint": "another"}, 8)
+
+
+def test_names_of_samples_tell_their_choices_apart(run, capsys):
+    names = set()
+    for more in ("--steps 1", "--steps 1 --class 1", "--steps 1 --sampler ddpm", "--steps 1 --seed 3",
+                 "--steps 1 --sampler ddpm --variance beta", "--steps 1 --schedule vp",
+                 "--steps 1 --guidance 2", "--steps 1 --weights raw"):
+        assert evaluate.main(["sample", str(run), "--num", "2", *more.split()]) == 0
+        names.add(capsys.readouterr().out.split()[-1])
+    assert len(names) == 8 and str(run / "ddpm-1-variance-beta.png") in names
 
 
 def test_guidance_exaggerates_the_class(run, capsys):
@@ -238,7 +248,11 @@ def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
     ["sample", "RUN", "--sampler", "ddpm", "--variance", "npr"],
     ["sample", "RUN", "--sampler", "heun", "--rtol", "1e-3"],
     ["sample", "RUN", "--sampler", "rk45", "--rtol", "0"],
-    ["sample", "RUN", "--schedule", "cosine"], ["samplers", "RUN", "--steps", "0"]])
+    ["sample", "RUN", "--schedule", "cosine"], ["samplers", "RUN", "--steps", "0"],
+    ["samplers", "RUN", "--schedule", "iddpm", "--steps", "2000"], ["samplers", "RUN", "--num", "1"],
+    ["samplers", "RUN", "--num", "20000"], ["sample", "RUN", "--seed", str(10 ** 23)],
+    ["sample", "RUN", "--sampler", "pc", "--snr", "1e9"],
+    ["sample", "RUN", "--sampler", "rk45", "--rtol", "1e-12"]])
 def test_bad_input_is_one_sentence(argv, run, capsys):
     assert evaluate.main([str(run) if a == "RUN" else a for a in argv]) == 2
     error = capsys.readouterr().err

@@ -541,11 +541,11 @@ def test_head_minimiser_is_the_conditional_second_moment_of_gaussian_data(kind):
     theta = torch.zeros(len(x0), 2, dtype=torch.float64, requires_grad=True)
 
     def gradient(shrink):
-        def moments(x, s):
+        def with_head(x, s):
             D, spread = gaussian_denoiser(x, s), VARIANCE / (VARIANCE + s ** 2)
             h = spread + (((x - D) / s) ** 2 if kind == "sn" else 0)
             return D, shrink * h + theta[:, :1] + theta[:, 1:] * x.sin()
-        loss = head_loss(moments, x0, noise, sigma, kind)
+        loss = head_loss(with_head, x0, noise, sigma, kind)
         assert loss.shape == (len(x0),)
         return torch.autograd.grad(loss.sum(), theta)[0]
     assert largest_z(gradient(1.0)) < 3.5 and largest_z(gradient(0.8)) > 10
@@ -554,6 +554,6 @@ def test_head_minimiser_is_the_conditional_second_moment_of_gaussian_data(kind):
 def test_head_does_not_train_the_denoiser():
     a, x0 = torch.tensor(0.5, dtype=torch.float64, requires_grad=True), randn(4, 2, seed=71)
     h = torch.ones(4, 2, dtype=torch.float64, requires_grad=True)
-    moments, noise = lambda x, s: (a * x, h), randn(4, 2, seed=72)
-    head_loss(moments, x0, noise, shaped([1.0] * 4, x0), "npr").sum().backward()
+    with_head, noise = lambda x, s: (a * x, h), randn(4, 2, seed=72)
+    head_loss(with_head, x0, noise, shaped([1.0] * 4, x0), "npr").sum().backward()
     assert a.grad is None and h.grad.any()

@@ -77,7 +77,8 @@ def test_xflip_mirrors_about_half_and_the_reference_with_it():
 
 @pytest.mark.parametrize("loss", ["dsm", "antithetic", "taylor", "stf-taylor", "sa"])
 def test_every_loss_sees_the_same_images_noise_and_sigma(loss):
-    stf, other = batch(["--batch", "8"], 5), batch(["--batch", "8", "--loss", loss], 5)
+    argv = ["--batch", "8", "--xflip"]
+    stf, other = batch(argv, 5), batch([*argv, "--loss", loss], 5)
     assert torch.equal(stf["x0"], other["x0"])
     if loss != "sa":                                           # which has K levels of a ladder
         assert torch.equal(stf["noise"], other["noise"])
@@ -119,7 +120,7 @@ def test_sigma_draws_keep_the_distribution_and_cover_it(how):
 
 
 def test_switch_parts_the_batch_by_noise_level():
-    b = batch(["--batch", "40", "--loss", "stf-taylor", "--switch", "0.3", "--cond"], 0)
+    b = batch(["--batch", "40", "--loss", "stf-taylor", "--switch-sigma", "0.3", "--cond"], 0)
     low, high = train.part(b, b["low"]), train.part(b, b["high"])
     assert (low["sigma"] < 0.3).all() and (high["sigma"] >= 0.3).all()
     assert 0 < len(low["x0"]) < 40 and len(low["x0"]) + len(high["x0"]) == 40
@@ -289,7 +290,7 @@ def test_every_loss_and_target_run_on_images_with_classes_augmented_and_dropout(
     "--loss sa --K 4 --level-noise path --tau window", "--loss sa --K 3 --lam 0.7 --tau paper",
     "--loss taylor --order 1", "--loss taylor --order 2", "--loss stf-taylor --order 1",
     "--loss stf-taylor --control atoms --atoms 3", "--loss stf --no-mean-correction",
-    "--loss stf-taylor --switch 100", "--loss stf-taylor --switch 1e-6"])
+    "--loss stf-taylor --switch-sigma 100", "--loss stf-taylor --switch-sigma 1e-6"])
 def test_variants_of_the_losses_run_on_images(more):
     three_steps([*TINY, "--cond", *more.split()])
 
@@ -312,6 +313,12 @@ def test_every_loss_trains_from_end_to_end_in_every_schedule(loss, schedule, cap
     ("--loss sa --no-mean-correction", "--mean-correction belongs to --loss stf and stf-taylor"),
     ("--loss stf --order 1", "--order belongs to --loss taylor and stf-taylor"),
     ("--loss sa --K 1001", "--K: the ladder has 1000 levels"),
+    ("--loss stf-taylor --control atoms --switch-sigma 1", "belongs to --control switch"),
+    ("--loss stf-taylor --atoms 2", "--atoms belongs to --control atoms"),
+    ("--loss taylor --trace exact", "--trace belongs to --order 1 or 2"),
+    ("--schedule ddpm --P-mean 0", "--P-mean and --P-std belong to --schedule edm"),
+    ("--loss sa --lam inf", "inf is not at least 0"), ("--switch-sigma 0", "not a number above 0"),
+    ("--batch 3000000000", "not within [1, 65536]"), ("--init nowhere", "nowhere"),
     ("--loss stf-taylor --control atoms --order 1", "--control atoms has order 0 only"),
     ("--loss stf-taylor --control atoms --augment 0.1", "--control atoms would have to augment"),
     ("--data two-gaussians --augment 0.1", "--augment: its transforms are for images")])
@@ -324,11 +331,30 @@ def test_combinations_without_meaning_are_refused_with_a_reason(argv, sentence, 
 
 def test_stf_taylor_switched_off_is_stf_and_stf_on_one_image_is_dsm():
     stf = three_steps([*TINY, "--loss", "stf"])
-    switched = three_steps([*TINY, "--loss", "stf-taylor", "--switch", "1e-9"])
+    switched = three_steps([*TINY, "--loss", "stf-taylor", "--switch-sigma", "1e-9"])
     assert all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(stf, switched))
     np.savez("same.npz", images=np.repeat(np.load("images.npz")["images"][:1], 8, 0))
     stf, dsm = (three_steps([*TINY, "--loss", loss], "same.npz") for loss in ("stf", "dsm"))
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(stf, dsm))
+
+
+def test_init_takes_network_and_noise_levels_of_the_run_and_its_data(capsys):
+    """So that the hint "train.py --head npr --init RUN" is enough; the trunk stays bit for bit."""
+    argv = [*POINTS, "--schedule", "vp", "--loss", "dsm", "--steps", "5", "--out", "first"]
+    assert train.main(argv) == 0
+    assert train.main(["--head", "npr", "--init", "first", "--steps", "5", "--warmup", "0",
+                       "--sample-steps", "1", "--weight-decay", "50", "--out", "head"]) == 0
+    assert "loss      head-npr, schedule vp" in capsys.readouterr().out
+    first, head = states("first")[-1], states("head")[-1]
+    assert head["options"]["schedule"] == "vp" and head["options"]["data"] == "two-gaussians"
+    for name, weight in first["ema"].items():
+        assert torch.equal(weight, head["ema"][name]) and torch.equal(weight, head["model"][name])
+    for change in (["--schedule", "edm"], ["--target", "x0"], ["--width", "8"]):
+        assert train.main(["--head", "npr", "--init", "first", *change]) == 2
+        assert "--init first: cannot change" in capsys.readouterr().err
+    assert train.main(["--head", "npr", "--init", "first", "--loss", "stf"]) == 2
+    assert train.main(["--data", "images.npz", "--init", "first"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2 and not Path("runs").exists()
 
 
 def test_a_resumed_run_has_its_control_coefficients(capsys):
