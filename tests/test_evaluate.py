@@ -183,10 +183,9 @@ def test_analytic_moments_are_measured_once_and_right_for_a_gaussian(tmp_path, m
 
 def test_names_of_samples_tell_their_choices_apart(run, capsys):
     names = set()
-    for more in ("--steps 1", "--steps 1 --class 1", "--steps 1 --sampler ddpm", "--steps 1 --seed 3",
-                 "--steps 1 --sampler ddpm --variance beta", "--steps 1 --schedule vp",
-                 "--steps 1 --guidance 2", "--steps 1 --weights raw"):
-        assert evaluate.main(["sample", str(run), "--num", "2", *more.split()]) == 0
+    for more in ("", "--class 1", "--sampler ddpm", "--seed 3", "--sampler ddpm --variance beta",
+                 "--schedule vp", "--guidance 2", "--weights raw"):
+        assert evaluate.main(["sample", str(run), "--num", "2", "--steps", "1", *more.split()]) == 0
         names.add(capsys.readouterr().out.split()[-1])
     assert len(names) == 8 and str(run / "ddpm-1-variance-beta.png") in names
 
@@ -249,8 +248,9 @@ def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
     ["sample", "RUN", "--sampler", "heun", "--rtol", "1e-3"],
     ["sample", "RUN", "--sampler", "rk45", "--rtol", "0"],
     ["sample", "RUN", "--schedule", "cosine"], ["samplers", "RUN", "--steps", "0"],
-    ["samplers", "RUN", "--schedule", "iddpm", "--steps", "2000"], ["samplers", "RUN", "--num", "1"],
-    ["samplers", "RUN", "--num", "20000"], ["sample", "RUN", "--seed", str(10 ** 23)],
+    ["samplers", "RUN", "--schedule", "iddpm", "--steps", "2000"],
+    ["samplers", "RUN", "--num", "1"], ["samplers", "RUN", "--num", "20000"],
+    ["sample", "RUN", "--seed", str(10 ** 23)],
     ["sample", "RUN", "--sampler", "pc", "--snr", "1e9"],
     ["sample", "RUN", "--sampler", "rk45", "--rtol", "1e-12"]])
 def test_bad_input_is_one_sentence(argv, run, capsys):

@@ -379,7 +379,8 @@ def test_training_learns_the_data(capsys):
                        "128", "--ref-batch", "256", "--warmup", "20", "--out", "run"]) == 0
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last["frechet_pixels"] < 0.02               # 0.5 for all samples at one of the two means
-    x = evaluate.generate(evaluate.load_run("run")[0], range(500), [2], "heun", SCHEDULES["edm"](), 18)
+    denoiser, schedule = evaluate.load_run("run")[0], SCHEDULES["edm"]()
+    x = evaluate.generate(denoiser, range(500), [2], "heun", schedule, 18)
     near = (x.abs() - 0.48).abs().max(1).values < 0.5  # 3.6 standard deviations of a component
     assert near.float().mean() > 0.9 and 0.35 < (x[:, 0] > 0).float().mean() < 0.65
     table = {row[0]: row[1:] for row in last["loss_by_sigma"]}
