@@ -321,8 +321,8 @@ def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
         c_skip sigma (T.noise - E),    G(y) = D(y; sigma) - c_skip y,    J, H: its derivatives
         T = G + sigma J noise + sigma^2/2 H[noise, noise],    E = sigma tr J (order 0: T = G, E = 0)
 
-    F's polynomial without F: G(x) = c_out F(c_in x), and c_out b = c_skip sigma.  The trace is
-    exact, by d products with J; or, with a probe (B, ...) of random signs, Hutchinson's
+    This is F's polynomial, had from D alone: G(x) = c_out F(c_in x), c_out b = c_skip sigma.  The
+    trace is exact, by d products with J; or, with a probe (B, ...) of random signs, Hutchinson's
     probe.J probe, of the same mean: one product, more variance.
     y (B, ...) with requires_grad if order > 0, D0 = D(y; sigma), c_skip (B, 1, ..., 1) -> (B, ...).
     Needs: nothing.

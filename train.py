@@ -404,7 +404,7 @@ def train(options, data, run, state, denoiser, ema):
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
     frozen = options["head"] != "none" and options["init"]
-    learned = denoiser.model.head if frozen else denoiser
+    learned = denoiser.requires_grad_(False).model.head.requires_grad_() if frozen else denoiser
     optimizer = torch.optim.AdamW(learned.parameters(), betas=(0.9, options["beta2"]), fused=True,
                                   weight_decay=options["weight-decay"])
     if state["optimizer"]:
@@ -557,7 +557,7 @@ def run_training(given):
     if given["init"] and not again:
         given = inherit(given, evaluate.read_options(given["init"], [*OPTIONS]))
     data = load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
-                                for name in ("data", "data-dir", "size")))
+                       for name in ("data", "data-dir", "size")))
     options = resume(given, stored, data, run) if again else resolve(given, data)
     frozen = f"head-{options['head']}" if options["init"] and options["head"] != "none" else ""
     torch.manual_seed(options["seed"])
