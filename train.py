@@ -12,7 +12,6 @@ is killed and resumed is the run that was not, and two losses can be compared on
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
@@ -23,13 +22,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evaluate
+import runs
 from datasets import BadInput, load_data, load_rows
-from evaluate import even, multipliers, number
 from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
                     augmented_stf_target, draw_augmentation, dsm_loss, head_loss, interpolate,
                     mean_correction, measure_gamma, path_noise, sa_loss, sa_tau, stf_atoms,
                     stf_loss, stf_target, stf_taylor_terms, taylor_terms)
 from networks import UNETS
+from runs import Log, even, multipliers, number, save_checkpoint, save_samples
 from schedules import SCHEDULES
 
 
@@ -105,7 +105,7 @@ BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",
 
 
 def parser():
-    p = evaluate.Parser(prog="train.py", description="Train a diffusion model.  Without options: "
+    p = runs.Parser(prog="train.py", description="Train a diffusion model.  Without options: "
                         "digits, STF, under three minutes on two idle CPU cores.")
     for name, (kind, default, text) in OPTIONS.items():
         shown = default if not isinstance(default, tuple) else ", ".join(
@@ -131,7 +131,7 @@ def resolve(given, data):
     for name, (_, default, _) in OPTIONS.items():
         default = default[kind] if isinstance(default, tuple) else default
         options[name] = default if given[name] is None else given[name]
-    options["device"] = evaluate.pick_device(options["device"])
+    options["device"] = runs.pick_device(options["device"])
     options["ref-batch"] = max(min(options["ref-batch"], len(data.x)), options["batch"])
     options["shape"] = list(data.x.shape[1:])
     options["classes"] = data.classes if options["cond"] else []
@@ -195,7 +195,7 @@ def resume(given, stored, data, run):
         raise BadInput(f"--resume {run}: the run was trained on other data than {data.source}; "
                        "give it back what it had, or start a new run")
     options = stored | {name: given[name] for name in MAY_CHANGE if given[name] is not None}
-    return options | {"device": evaluate.pick_device(options["device"])}
+    return options | {"device": runs.pick_device(options["device"])}
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -351,10 +351,10 @@ def build_tools(pixels, labels, options):
 
     A reference that is the whole set needs no correction: its mean is the data's.
     """
-    schedule, stable = evaluate.build_schedule(options), "stf" in options["loss"]
+    schedule, stable = runs.build_schedule(options), "stf" in options["loss"]
     return dict(
-        weight=evaluate.loss_weight(options),
-        c_skip=lambda sigma: evaluate.precondition(options["target"], schedule, sigma)[0],
+        weight=runs.loss_weight(options),
+        c_skip=lambda sigma: runs.precondition(options["target"], schedule, sigma)[0],
         beta=RunningBeta(device=options["device"]) if "taylor" in options["loss"] else None,
         correction=build_correction(pixels, labels, options)
         if stable and options["mean-correction"] and options["ref-batch"] < len(pixels) else None)
@@ -398,7 +398,7 @@ def build_correction(pixels, labels, options):
 def train(options, data, run, state, denoiser, ema):
     """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder."""
     device, B = options["device"], options["batch"]
-    schedule = evaluate.build_schedule(options)
+    schedule = runs.build_schedule(options)
     pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
     labels = None if labels is None else torch.from_numpy(labels)
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
@@ -457,83 +457,6 @@ def update_ema(ema, denoiser, options, images):
         average.lerp_(weight, 1 - beta)
 
 
-def save_checkpoint(run, step, denoiser, ema, optimizer, options, tools):
-    """Plain tensors and JSON-able options, whole or not at all; the two newest are kept."""
-    state = dict(step=step, options=options, model=denoiser.state_dict(), ema=ema.state_dict(),
-                 optimizer=optimizer.state_dict(),
-                 beta=tools["beta"].sums if tools["beta"] else None)
-    path = os.path.join(run, f"checkpoint-{step:07d}.pt")
-    with open(path + ".part", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".part", path)
-    for old in evaluate.checkpoints(run)[:-2]:
-        os.remove(old)
-
-
-def save_samples(run, step, denoiser, ema, options, data):
-    """One picture of the same samples from the raw and the averaged weights, classes in rows.
-
-    Points are cheap: 4,000 of them, beside the data.
-    """
-    points = data.x.ndim == 2
-    names = [] if points else options["classes"][:10]
-    count = 4000 if points else 8 * len(names) if names else 64
-    labels = torch.arange(count) % len(names or options["classes"]) if options["cond"] else None
-    labels = labels.sort().values if names else labels                # a row for each class
-    panels = [("data", data.x[:count])] if points else []
-    for name, model in [("raw weights", denoiser), ("averaged weights (EMA)", ema)]:
-        x = evaluate.generate(model.eval(), range(count), options["shape"], "heun",
-                              evaluate.build_schedule(options), options["sample-steps"], labels,
-                              batch=count if points else 64, device=options["device"])
-        panels.append((f"step {step}, {name}", evaluate.to_uint8(x)))
-    evaluate.save_pictures(os.path.join(run, f"samples-{step:07d}.png"), panels, names)
-
-
-class Log:
-    """log.jsonl, a line per step, and one status line on the terminal, at most once a second.
-
-    Losses wait on the device until then: reading one out makes the host wait for the GPU.
-    """
-
-    def __init__(self, run, step, options):
-        self.path, self.options, self.waiting = os.path.join(run, "log.jsonl"), options, []
-        self.start = self.last = time.time()
-        self.first, self.mean = step, None
-        lines = open(self.path).read().splitlines() if os.path.exists(self.path) else []
-        with open(self.path, "w") as f:         # what a killed run logged past its checkpoint goes
-            f.writelines(line + "\n" for line in lines
-                         if line.endswith("}") and json.loads(line)["step"] <= step)
-
-    def step(self, step, loss, norm):
-        self.waiting.append((step, loss.detach(), norm))
-        if time.time() - self.last > (1 if sys.stdout.isatty() else 15):
-            self.flush()
-
-    def flush(self):
-        if not self.waiting:
-            return
-        values = torch.stack([torch.stack([l, n]) for _, l, n in self.waiting]).tolist()
-        with open(self.path, "a") as f:
-            for (step, _, _), (loss, norm) in zip(self.waiting, values):
-                f.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm)) + "\n")
-                self.mean = loss if self.mean is None else 0.98 * self.mean + 0.02 * loss
-        step, self.waiting, self.last = self.waiting[-1][0], [], time.time()
-        if not np.isfinite(self.mean):
-            raise BadInput(f"the loss is not finite at step {step}; try a smaller --lr; "
-                           "--resume goes on from the last checkpoint, where there is one")
-        pace = (self.last - self.start) / (step - self.first)
-        left = int(pace * (self.options["steps"] - step))
-        evaluate.status(f"step {step}/{self.options['steps']}  loss {self.mean:.4f}  "
-                        f"{self.options['batch'] / pace:.0f} samples/s  "
-                        f"{left // 60}:{left % 60:02d} left")
-
-    def close(self):
-        self.flush()
-        evaluate.status(None)
-
-
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -552,16 +475,16 @@ def run_training(given):
     given = {name.replace("_", "-"): value for name, value in given.items()}
     again, dry, run, stored = given.pop("resume"), given.pop("dry-run"), None, {}
     if again:
-        run = evaluate.newest_run("runs") if again == "newest" else again
-        stored = evaluate.read_options(run, [*OPTIONS, "shape", "classes", "fingerprint"])
+        run = runs.newest_run("runs") if again == "newest" else again
+        stored = runs.read_options(run, [*OPTIONS, "shape", "classes", "fingerprint"])
     if given["init"] and not again:
-        given = inherit(given, evaluate.read_options(given["init"], [*OPTIONS]))
+        given = inherit(given, runs.read_options(given["init"], [*OPTIONS]))
     data = load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
                        for name in ("data", "data-dir", "size")))
     options = resume(given, stored, data, run) if again else resolve(given, data)
     frozen = f"head-{options['head']}" if options["init"] and options["head"] != "none" else ""
     torch.manual_seed(options["seed"])
-    denoiser = evaluate.build_denoiser(options).to(options["device"])
+    denoiser = runs.build_denoiser(options).to(options["device"])
     size = sum(p.numel() for p in denoiser.parameters())
     print(f"data      {data.source}\nnetwork   {options['arch']}, {size / 1e6:.2f} M parameters\n"
           f"loss      {frozen or options['loss']}, schedule {options['schedule']}, "
@@ -572,25 +495,25 @@ def run_training(given):
 
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     state = dict(step=0, optimizer=None, beta=None)
-    if again and evaluate.checkpoints(run):
-        state = evaluate.load_checkpoint(run, options["device"])
-        evaluate.load_weights(denoiser, state["model"], run)
-        evaluate.load_weights(ema, state["ema"], run)
+    if again and runs.checkpoints(run):
+        state = runs.load_checkpoint(run, options["device"])
+        runs.load_weights(denoiser, state["model"], run)
+        runs.load_weights(ema, state["ema"], run)
     elif options["init"]:
-        weights = evaluate.load_run(options["init"], options["device"])[0].state_dict()
+        weights = runs.load_run(options["init"], options["device"])[0].state_dict()
         for network in (denoiser, ema):
-            evaluate.load_weights(network, network.state_dict() | weights, options["init"])
+            runs.load_weights(network, network.state_dict() | weights, options["init"])
     if not again:
-        run = evaluate.new_run(options["out"], f"{data.name}-{frozen or options['loss']}")
+        run = runs.new_run(options["out"], f"{data.name}-{frozen or options['loss']}")
     if state["step"] >= options["steps"]:
         raise BadInput(f"{run} has its {state['step']} steps; give --steps a larger number")
-    evaluate.write_json(os.path.join(run, "options.json"), options)
+    runs.write_json(os.path.join(run, "options.json"), options)
     print(f"run       {run}" + (f", from step {state['step']}" if again else ""), flush=True)
     start = time.time()
     train(options, data, run, state, denoiser, ema)
     evaluate.report(options, data, run, ema, time.time() - start)
     print(f"samples     {run}/samples-{options['steps']:07d}.png\nlog         {run}/log.jsonl\n"
-          f"checkpoint  {evaluate.checkpoints(run)[-1]}\n"
+          f"checkpoint  {runs.checkpoints(run)[-1]}\n"
           f"next        python evaluate.py sample {run}")
     return 0
 

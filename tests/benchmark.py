@@ -25,8 +25,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import datasets
-import evaluate
 import losses
+import runs
 import train
 
 
@@ -159,7 +159,7 @@ def objective_rows(quick):
     for objective in OBJECTIVES:
         given = vars(train.parser().parse_args(["--loss", *objective.split()]))
         options = train.resolve({k.replace("_", "-"): v for k, v in given.items()}, data)
-        denoiser, schedule = evaluate.build_denoiser(options), evaluate.build_schedule(options)
+        denoiser, schedule = runs.build_denoiser(options), runs.build_schedule(options)
         tools, optimizer = train.build_tools(pixels, labels, options), torch.optim.AdamW(
             denoiser.parameters(), fused=True)
         numbers = itertools.count()
@@ -182,7 +182,7 @@ def sampler_rows(quick):
     """What a sampler takes beyond its calls of the default network: 64 digits, 6 steps."""
     data = datasets.load_data("digits")
     options = train.resolve(dict.fromkeys(train.OPTIONS), data)
-    denoiser, schedule = evaluate.build_denoiser(options).eval(), evaluate.build_schedule(options)
+    denoiser, schedule = runs.build_denoiser(options).eval(), runs.build_schedule(options)
     labels, inside = torch.arange(64) % 10, []
 
     def denoise(x, sigma, *labels):
@@ -190,13 +190,13 @@ def sampler_rows(quick):
         D = denoiser(x, sigma, *labels)
         inside.append(time.perf_counter() - start)
         return D
-    for sampler in evaluate.SAMPLERS:
+    for sampler in runs.SAMPLERS:
         more = {"churn": 10.0} if sampler == "edm-stochastic" else {"rtol": 0.01}
         totals, calls = [], []
         for _ in range(2 if quick else 6):
             inside.clear()
             start = time.perf_counter()
-            evaluate.generate(denoise, range(64), options["shape"], sampler, schedule, 6, labels,
+            runs.generate(denoise, range(64), options["shape"], sampler, schedule, 6, labels,
                               **more)
             totals.append(time.perf_counter() - start)
             calls.append(sum(inside))

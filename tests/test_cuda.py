@@ -6,7 +6,10 @@ import torch
 import datasets
 import evaluate
 import losses
+import runs
 import train
+from samplers import heun
+from schedules import EDM
 
 pytestmark = [pytest.mark.cuda,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -43,7 +46,7 @@ def test_trains_samples_and_resumes_on_the_gpu(schedule, tmp_path, monkeypatch, 
             "--sample-steps", "2", "--out", "run"]
     assert train.main(argv) == 0
     assert train.main(["--resume", "run", "--steps", "6"]) == 0
-    for sampler in evaluate.SAMPLERS:
+    for sampler in runs.SAMPLERS:
         assert evaluate.main(["sample", "run", "--sampler", sampler, "--steps", "3", "--num", "4",
                               *(["--churn", "1"] if sampler == "edm-stochastic" else [])]) == 0
 
@@ -60,8 +63,8 @@ def test_every_objective_trains_on_the_gpu(more, tmp_path, monkeypatch, capsys):
 def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
     given = {k.replace("_", "-"): v for k, v in vars(train.parser().parse_args([])).items()}
     options = train.resolve(given, datasets.load_data("digits"))
-    denoiser = evaluate.build_denoiser(options).cuda().eval()
-    row = evaluate.EDM()
+    denoiser = runs.build_denoiser(options).cuda().eval()
+    row = EDM()
     t = row.time_steps(4)
     x, calls = torch.randn(2, 3, 16, 16, device="cuda") * t[0], []
 
@@ -69,9 +72,9 @@ def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
         calls.append(1)
         torch.cuda.set_sync_debug_mode("error" if len(calls) < 7 else "default")
         return denoiser(x, sigma)
-    evaluate.heun(denoiser, x, t, row)                         # first call: libraries load
+    heun(denoiser, x, t, row)                       # first call: libraries load
     try:
-        evaluate.heun(denoise, x, t, row)
+        heun(denoise, x, t, row)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 7

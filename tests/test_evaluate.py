@@ -9,8 +9,9 @@ from PIL import Image
 
 import datasets
 import evaluate
+import runs
 import train
-from schedules import EDM, VP, SCHEDULES
+from schedules import SCHEDULES
 
 
 # ---- Frechet distance ----------------------------------------------------------------------------
@@ -62,17 +63,17 @@ def test_pixel_features_are_the_pixels_averaged_to_at_most_16():
 
 def test_grid_shows_every_image_unchanged(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
-    grid = np.asarray(evaluate.tile(x))                             # 2 rows of 3, zoomed by 4
+    grid = np.asarray(runs.tile(x))                             # 2 rows of 3, zoomed by 4
     assert grid.shape == (2 * 64, 3 * 64, 3)
     assert (grid[64:128:4, 128:192:4].transpose(2, 0, 1) == x[5]).all()
-    evaluate.save_pictures(tmp_path / "two.png", [("left", x), ("right, gray", x[:, :1])])
+    runs.save_pictures(tmp_path / "two.png", [("left", x), ("right, gray", x[:, :1])])
     assert Image.open(tmp_path / "two.png").size[0] > 2 * 192
     assert [p.name for p in tmp_path.iterdir()] == ["two.png"]
 
 
 def test_to_uint8_maps_the_interval_and_clips():
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5)
-    assert evaluate.to_uint8(x).ravel().tolist() == [0, 0, 128, 255, 255]
+    assert runs.to_uint8(x).ravel().tolist() == [0, 0, 128, 255, 255]
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_sample_i_is_the_same_in_any_batch(run, sampler, capsys):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("sampler", evaluate.SAMPLERS)
+@pytest.mark.parametrize("sampler", runs.SAMPLERS)
 def test_every_sampler_runs_in_every_schedule_in_one_step_too(run, sampler, schedule, capsys):
     argv = ["--sampler", sampler, "--schedule", schedule, "--num", "2"]
     argv += ["--rtol", "0.01"] if sampler == "rk45" else []
@@ -129,8 +130,8 @@ def test_every_sampler_runs_in_every_schedule_in_one_step_too(run, sampler, sche
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_head_learns_alone_and_its_covariance_is_used(run, head, sampler, capsys):
     """The trunk is the run's own, so deterministic samples are; and NFE is one a step."""
-    trained, folder = evaluate.load_run(run)[0].state_dict(), run.parent / head
-    with_head = evaluate.load_run(folder)[0].state_dict()
+    trained, folder = runs.load_run(run)[0].state_dict(), run.parent / head
+    with_head = runs.load_run(folder)[0].state_dict()
     extra = {name for name in with_head if name not in trained}
     assert extra == {"model.head.weight", "model.head.bias"} and with_head["model.head.bias"].any()
     assert all(torch.equal(trained[name], with_head[name]) for name in trained)
@@ -150,7 +151,7 @@ def test_head_learns_what_it_is_named_for(tmp_path, monkeypatch, capsys):
         assert train.main(["--data", "zero.npy", "--head", head, "--steps", "600", "--batch", "256",
                            "--width", "64", "--loss", "dsm", "--sample-steps", "1", "--out",
                            head]) == 0
-        denoiser = evaluate.load_run(head)[0]
+        denoiser = runs.load_run(head)[0]
         noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             found[head] = denoiser.with_head(0.3 * noise, torch.tensor(0.3))[1]
@@ -170,15 +171,15 @@ def test_analytic_moments_are_measured_once_and_right_for_a_gaussian(tmp_path, m
     def denoise(x, sigma, labels=None):
         calls.append(1)
         return v / (v + sigma ** 2) * x
-    levels, moments = evaluate.analytic_moments(".", denoise, options, 7, count=4000)
+    levels, moments = runs.analytic_moments(".", denoise, options, 7, count=4000)
     spread = [s ** 2 * (1 - moment) for s, moment in zip(levels, moments)]        # Cov[x0 | x]
     want = [v * s ** 2 / (v + s ** 2) for s in levels]
     assert len(levels) == 33 and spread == pytest.approx(want, rel=0.15)
     first = len(calls)
-    assert evaluate.analytic_moments(".", denoise, options, 7) == (levels, moments)
+    assert runs.analytic_moments(".", denoise, options, 7) == (levels, moments)
     assert len(calls) == first and Path("analytic-ema-0000007.json").exists()
     with pytest.raises(datasets.BadInput, match="other data"):
-        evaluate.analytic_moments(".", denoise, options | {"fingerprint": "another"}, 8)
+        runs.analytic_moments(".", denoise, options | {"fingerprint": "another"}, 8)
 
 
 def test_names_of_samples_tell_their_choices_apart(run, capsys):
@@ -201,7 +202,7 @@ def test_samplers_prints_a_table_of_nfe_and_distance(run, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
     nfe = {(row[0], row[-3]): float(row[-2]) for row in rows}
     assert nfe["euler", "2"] == 2 and nfe["heun", "3"] == 5 and nfe["pc", "3"] == 6
-    assert len(rows) == 21 and {row[0] for row in rows} == set(evaluate.SAMPLERS)
+    assert len(rows) == 21 and {row[0] for row in rows} == set(runs.SAMPLERS)
     assert all(float(row[-1]) >= 0 for row in rows)
 
 
@@ -228,7 +229,7 @@ def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
         seen.append((x.std().item(), float(sigma)))
         return torch.zeros_like(x)
     row = SCHEDULES[schedule]()
-    x = evaluate.generate(denoise, range(2000), (2,), sampler, row, 10, batch=2000)
+    x = runs.generate(denoise, range(2000), (2,), sampler, row, 10, batch=2000)
     assert len(seen) == nfe
     assert seen[0][0] == pytest.approx(seen[0][1], rel=0.05)             # D sees x/s
     assert x.std() < 0.05 * seen[0][1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import datasets
-import evaluate
+import runs
 import train
 from losses import WEIGHTS
 from schedules import SCHEDULES
@@ -39,7 +39,7 @@ def options(argv, data="images.npz"):
 def batch(argv, step):
     o, data = options(argv)
     labels = None if data.labels is None else torch.from_numpy(data.labels)
-    schedule = evaluate.build_schedule(o)
+    schedule = runs.build_schedule(o)
     return train.draw_batch(torch.from_numpy(data.x), labels, o, schedule, step)
 
 
@@ -88,7 +88,7 @@ def test_every_loss_sees_the_same_images_noise_and_sigma(loss):
 def test_sa_batch_is_k_consecutive_levels_of_the_ladder_and_masked_below():
     argv = ["--batch", "8", "--loss", "sa", "--K", "3", "--schedule", "ddpm"]
     o, data = options(argv)
-    schedule = evaluate.build_schedule(o)
+    schedule = runs.build_schedule(o)
     b = train.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
     assert b["noise"].shape == (3, 8, 3, 8, 8) and b["sigma"].shape == b["tau"].shape == (
         3, 8, 1, 1, 1)
@@ -153,7 +153,7 @@ def test_ema_half_life_counts_images_and_ramps_up():
 
 
 def states(run):
-    return [torch.load(p, weights_only=True) for p in evaluate.checkpoints(run)]
+    return [torch.load(p, weights_only=True) for p in runs.checkpoints(run)]
 
 
 @pytest.mark.parametrize("extra", [[], ["--dropout", "0.3", "--cond", "--label-dropout", "0.2",
@@ -162,7 +162,7 @@ def test_ten_steps_are_five_and_five_bit_for_bit(extra, capsys):
     argv = ["--data", "images.npz", *TINY, "--steps", "10", "--checkpoint-every", "5", *extra]
     assert train.main([*argv, "--out", "whole"]) == 0
     shutil.copytree("whole", "killed")                      # killed between steps 5 and 10
-    Path(evaluate.checkpoints("killed")[-1]).unlink()
+    Path(runs.checkpoints("killed")[-1]).unlink()
     assert train.main(["--resume", "killed"]) == 0
     whole, killed = states("whole")[-1], states("killed")[-1]
     assert whole["step"] == killed["step"] == 10
@@ -180,7 +180,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(capsys):
     argv = [*POINTS, "--steps", "4", "--out", "whole"]
     assert train.main(argv) == 0
     shutil.copytree("whole", "killed")
-    Path(evaluate.checkpoints("killed")[-1]).unlink()
+    Path(runs.checkpoints("killed")[-1]).unlink()
     assert train.main(["--resume", "killed"]) == 0
     a, b = states("whole")[-1]["model"], states("killed")[-1]["model"]
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -204,7 +204,7 @@ def test_stable_targets_of_a_run_are_unbiased_and_their_batch_mean_is_corrected(
     argv = ["--batch", "8", "--ref-batch", "16", "--P-mean", "3", "--P-std", "0.5", *argv.split()]
     o, data = options(argv)
     pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    schedule, tools = evaluate.build_schedule(o), train.build_tools(pixels, labels, o)
+    schedule, tools = runs.build_schedule(o), train.build_tools(pixels, labels, o)
     error, varies = [], []
     for step in range(300 if o["augment"] else 600):
         b = train.draw_batch(pixels, labels, o, schedule, step)
@@ -248,7 +248,7 @@ def three_steps(argv, data="images.npz"):
     pixels = torch.from_numpy(np.asarray(data.x))
     labels = None if data.labels is None else torch.from_numpy(data.labels)
     torch.manual_seed(0)
-    denoiser, schedule = evaluate.build_denoiser(o), evaluate.build_schedule(o)
+    denoiser, schedule = runs.build_denoiser(o), runs.build_schedule(o)
     tools, losses = train.build_tools(pixels, labels, o), []
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
     for step in range(3):
@@ -379,8 +379,8 @@ def test_training_learns_the_data(capsys):
                        "128", "--ref-batch", "256", "--warmup", "20", "--out", "run"]) == 0
     last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert last["frechet_pixels"] < 0.02               # 0.5 for all samples at one of the two means
-    denoiser, schedule = evaluate.load_run("run")[0], SCHEDULES["edm"]()
-    x = evaluate.generate(denoiser, range(500), [2], "heun", schedule, 18)
+    denoiser, schedule = runs.load_run("run")[0], SCHEDULES["edm"]()
+    x = runs.generate(denoiser, range(500), [2], "heun", schedule, 18)
     near = (x.abs() - 0.48).abs().max(1).values < 0.5  # 3.6 standard deviations of a component
     assert near.float().mean() > 0.9 and 0.35 < (x[:, 0] > 0).float().mean() < 0.65
     table = {row[0]: row[1:] for row in last["loss_by_sigma"]}
@@ -438,12 +438,12 @@ def test_bad_input_is_one_sentence_and_costs_nothing(argv, folder, capsys):
 def test_resume_refuses_what_would_not_be_the_same_run(capsys):
     assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
     capsys.readouterr()
-    kept = Path(evaluate.checkpoints("run")[-1]).read_bytes()
+    kept = Path(runs.checkpoints("run")[-1]).read_bytes()
     for argv, word in [(["--lr", "1"], "--lr 1.0 (was 0.005)"), ([], "--steps"),
                        (["--data", "checkerboard"], "--data checkerboard")]:
         assert train.main(["--resume", "run", *argv]) == 2
         assert word in capsys.readouterr().err
-    assert Path(evaluate.checkpoints("run")[-1]).read_bytes() == kept
+    assert Path(runs.checkpoints("run")[-1]).read_bytes() == kept
     assert train.main(["--resume", "run", "--steps", "3"]) == 0
 
 
@@ -458,7 +458,7 @@ def test_resume_refuses_data_that_has_changed(capsys):
 
 def test_a_damaged_checkpoint_is_named(capsys):
     assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
-    path = Path(evaluate.checkpoints("run")[-1])
+    path = Path(runs.checkpoints("run")[-1])
     path.write_bytes(path.read_bytes()[:100])
     capsys.readouterr()
     assert train.main(["--resume", "run", "--steps", "3"]) == 2

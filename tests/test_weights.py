@@ -5,7 +5,7 @@ import torch
 
 import losses
 import networks
-import evaluate
+import runs
 import train
 from schedules import DDPM, EDM, SCHEDULES
 
@@ -108,9 +108,9 @@ def test_normalised_weight_has_mean_one_over_the_training_distribution(schedule,
                "P-std": 1.2}
     u = (torch.arange(999_983, dtype=torch.float64) + 0.5) / 999_983
     sigma = SCHEDULES[schedule]().training_sigma(u)
-    w_eps = evaluate.loss_weight(options)(sigma) * sigma ** 2
+    w_eps = runs.loss_weight(options)(sigma) * sigma ** 2
     assert w_eps.mean() == pytest.approx(1, rel=0.02)
-    shape = evaluate.loss_weight(options | {"normalize-weight": False})(sigma) * sigma ** 2
+    shape = runs.loss_weight(options | {"normalize-weight": False})(sigma) * sigma ** 2
     assert torch.allclose(w_eps / shape, (w_eps / shape)[0], rtol=1e-9)
     if (schedule, weight) == ("edm", "inverse-snr"):                # E sigma^2 = e^(2 m + 2 s^2)
         assert (w_eps / shape)[0].reciprocal().log() == pytest.approx(-2.4 + 2.88, abs=0.02)
