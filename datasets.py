@@ -18,6 +18,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 IN_MEMORY_BYTES = 4 << 30        # a larger set is decoded once, into a memory-mapped cache file
 MEMBER_BYTES = 256 << 20         # no single image or CIFAR batch is larger; a zip bomb is
 MAX_CLASSES = 100_000            # one wrong label of 10**9 would ask for a 10**9-wide embedding
-POINT_SETS = ("two-gaussians", "two-gaussians-64d", "checkerboard", "swiss-roll")
+POINT_SETS = ("two-gaussians", "two-gaussians-64d", "ring", "checkerboard", "swiss-roll")
 BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
 NOT_HIDDEN = r"(?!\.|.*/\.)"     # nor in a hidden folder: .git/.., the Mac's ._twins
 IMAGES = NOT_HIDDEN + r"(dataset\.json|.*\.(?i:png|jpe?g|webp|bmp|gif|tiff?|ppm|pgm))"
@@ -48,11 +49,16 @@ MNIST_MD5 = {"train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
 class BadInput(ValueError):
     """What a person typed or supplied is wrong; str() is one sentence that says what to do."""
 
+    def __str__(self):      # names in archives may hold line breaks, or codes that rule a terminal
+        return "".join(c if c.isprintable() else "?" for c in super().__str__())
+
 
 def attempt(what, cure, call, *args, **kwargs):
     """call(*args, **kwargs); any failure becomes BadInput "cannot use <what>: <why>; <cure>"."""
     try:
-        return call(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")        # they would be more than one sentence
+            return call(*args, **kwargs)
     except BadInput:
         raise
     # On damaged files zlib, PIL's plug-ins, tarfile and numpy raise nearly every type there is.
@@ -78,7 +84,7 @@ class Dataset:
     fingerprint: str        # 12 hex digits that say of which content, or which files, this is
 
 
-def load_data(name, data_dir="data", size=None):
+def load_data(name, data_dir="data", size=None, fresh=None):
     """The data set of that name, or at that path, as a Dataset; BadInput where there is none.
 
     Names: BUILT_IN; 'cifar10' and 'mnist' are looked for in data_dir, else downloaded to it.
@@ -86,11 +92,13 @@ def load_data(name, data_dir="data", size=None):
     dataset.json; a folder may have that layout too), .npz ('images', 'labels'), .npy, a CIFAR-10
     binary .tar.gz, folder or .bin, or an idx images file or its folder.
     size: crops each image to its central square, then resizes it to size x size.
+    fresh: of a set that is drawn here, so many rows that load_data(name) does not have.
     """
     if size is not None and not 1 <= size <= 4096:
         raise BadInput(f"--size {size} is not between 1 and 4096; choose another")
     if name in ("digits", *POINT_SETS):
-        drawn = (*digits(), "0123456789") if name == "digits" else points(name)
+        more = dict(n=fresh, seed=1) if fresh else {}
+        drawn = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
         return build(name, f"the built-in set {name}", data_dir, size, *drawn)
     path = find_built_in(name, Path(data_dir)) if name in BUILT_IN else Path(name)
     if not name or not os.path.exists(path):       # Path("") would be the current folder
@@ -384,8 +392,8 @@ def find_built_in(name, folder):
     return cifar_folder(folder) or (tars[0] if tars else download(CIFAR_URLS, official, CIFAR_MD5))
 
 
-def download(urls, path, md5):
-    """The file of that md5 sum, from the first of urls that has it, to path; returns path.
+def download(urls, path, checksum, kind="md5"):
+    """The file whose md5 (or other) sum starts so, from the first of urls that has it; its path.
 
     It grows as path.part, which the next run resumes, and gets its name once its sum is right.
     """
@@ -395,7 +403,7 @@ def download(urls, path, md5):
     attempt(path.parent, "choose another --data-dir", os.makedirs, path.parent, exist_ok=True)
     for url in urls:
         try:
-            fetch(url, part, md5)
+            fetch(url, part, checksum, kind)
             os.replace(part, path)
             return path
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -404,8 +412,8 @@ def download(urls, path, md5):
                    f"run again to resume, or put that file into the folder {path.parent} by hand")
 
 
-def fetch(url, part, md5):
-    """Downloads url to part, onto its end where the server can; ValueError: a wrong md5 sum."""
+def fetch(url, part, checksum, kind):
+    """Downloads url to part, onto its end where the server can; ValueError: a wrong sum."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -421,11 +429,12 @@ def fetch(url, part, md5):
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:          # nothing follows: part is complete, or wrong
             raise
-    if hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+    digest = hashlib.new(kind, part.read_bytes(), usedforsecurity=False).hexdigest()
+    if not digest.startswith(checksum):
         part.unlink()
         if not have:
-            raise ValueError("it has another md5 sum")
-        fetch(url, part, md5)                      # the part was wrong: once more, all of it
+            raise ValueError(f"it has another {kind} sum")
+        fetch(url, part, checksum, kind)           # the part was wrong: once more, all of it
 
 
 def digits(n=10_000, seed=0):
@@ -459,6 +468,7 @@ def points(name, n=20_000, seed=0):
     Mean about 0 and standard deviation about 0.5, EDM's sigma_data, in every coordinate.
     two-gaussians: means +-0.48 in every coordinate, deviation 0.14 (0.48^2 + 0.14^2 = 0.5^2),
     the component is the label; in 64 dimensions it is the mixture of STF section 6.1.
+    ring: 8 Gaussians of deviation 0.07 on a circle, numbered round it; the number is the label.
     checkerboard: uniform on the 8 squares of one colour of a 4x4 board.  swiss-roll: a spiral.
     """
     rng, labels = np.random.default_rng(seed), None
@@ -466,6 +476,11 @@ def points(name, n=20_000, seed=0):
         labels = rng.permutation(np.arange(n, dtype=np.int64) % 2)
         z = rng.standard_normal((n, 64 if name.endswith("64d") else 2))
         x = 0.48 * (2 * labels[:, None] - 1) + 0.14 * z
+    elif name == "ring":
+        labels = rng.permutation(np.arange(n, dtype=np.int64) % 8)
+        angle = labels[:, None] * np.pi / 4
+        radius = (2 * (0.5 ** 2 - 0.07 ** 2)) ** 0.5                  # a coordinate has half of r^2
+        x = radius * np.hstack([np.cos(angle), np.sin(angle)]) + 0.07 * rng.standard_normal((n, 2))
     elif name == "checkerboard":
         row, pair = rng.integers(0, 4, n), rng.integers(0, 2, n)
         square = np.stack([row, 2 * pair + row % 2], 1)
@@ -479,10 +494,19 @@ def points(name, n=20_000, seed=0):
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
-def load_rows(pixels, rows, flip, device):
-    """uint8 rows (n, C, H, W) -> float32 in [-1, 1], mirrored where flip (n,); points as is."""
+def gather_rows(pixels, rows, flip, device):
+    """The rows (n, ...) as they are, uint8 images mirrored where flip (n,)."""
     x = pixels[rows.to(pixels.device)].to(device)
-    if x.dtype != torch.uint8:
-        return x
-    x = x.float().div_(127.5).sub_(1)
     return x if flip is None else torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
+
+
+def load_rows(pixels, rows, flip, device):
+    """gather_rows, uint8 images as float32 in [-1, 1]; points as they are."""
+    x = gather_rows(pixels, rows, flip, device)
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
+
+
+def training_rows(N, holdout):
+    """The rows to train on of N: all but every `holdout`-th, or all where that is 0."""
+    i = torch.arange(N - N // holdout if holdout else N)
+    return i + i // (holdout - 1) if holdout else i

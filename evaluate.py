@@ -1,27 +1,38 @@
 """evaluate.py: how good it is.  Draws samples of runs, measures losses and distances.
 
     python evaluate.py sample RUN --sampler heun --steps 18 --num 64
-    python evaluate.py samplers RUN         each sampler's distance to the data, by steps and NFE
+    python evaluate.py fid RUN|IMAGES       FID, KID and IS, beside those of real images
+    python evaluate.py nfe RUN              each sampler's distance to the data, over NFE
 """
 
+import hashlib
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets import BadInput, attempt, load_rows
+from datasets import BadInput, attempt, download, load_data, load_rows, progress
 from losses import stf_target, stf_weights
-from papers import FIGURES, add_commands
+from networks import Inception
+from papers import FIGURES, add_commands, draw, save_csv
 from runs import (CHOICES, SAMPLERS, VARIANCES, Counted, Parser, analytic_moments, build_schedule,
-                  generate, load_run, loss_weight, number, pick_device, run_data, save_pictures,
-                  to_uint8)
+                  generate, load_run, loss_weight, number, pick_device, ranks, run_data,
+                  save_pictures, to_uint8, total)
 from schedules import SCHEDULES
 
 
-# ---- Distances -----------------------------------------------------------------------------------
+# ---- Features ------------------------------------------------------------------------------------
+
+SHA256 = "6726825d"                          # of the published Inception, its first digits
+INCEPTION = f"pt_inception-2015-12-05-{SHA256}.pth"
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION
+KEPT = 10_000                                # features that KID is of: 160 MB of Inception's
+
 
 def pixel_features(x, side=16):
     """Images (n, C, H, W) averaged down to at most side x side, or points: float64 (n, d)."""
@@ -30,10 +41,79 @@ def pixel_features(x, side=16):
     return x.flatten(1).double().cpu().numpy()
 
 
+def extractor(kind, shape, path=None, data_dir="data", device="cpu"):
+    """(name, extract) of "pixels" or "inception", whose name has its weights' sha256 in it.
+
+    extract: images (n, *shape) uint8, or points -> features (n, d) float64 and the probabilities of
+    classes (n, 1008), or None, on the CPU.  path: Inception's file; none: downloaded.
+    """
+    if kind == "inception" and len(shape) == 1:
+        raise BadInput("Inception's features are of images; choose pixels for points")
+    if kind == "pixels":
+        return kind, lambda x: (torch.from_numpy(pixel_features(
+            load_rows(x, torch.arange(len(x)), None, "cpu"))), None)
+    path = Path(path or download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256"))
+    network = Inception()
+    try:
+        network.load_state_dict(torch.load(path, "cpu", weights_only=True))
+    except Exception as error:      # torch's own text runs over lines and advises to unpickle
+        raise BadInput(f"{path} is not Inception's weights, or not whole "
+                       f"({type(error).__name__}); put there {INCEPTION_URL}") from error
+    network.to(device)
+
+    def extract(x):
+        flags = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = [flag.allow_tf32 for flag in flags]
+        flags[0].allow_tf32 = flags[1].allow_tf32 = False              # it keeps 3 digits of 7
+        pool3, logits = network(x.to(device).expand(-1, 3, -1, -1))    # gray: three times the same
+        flags[0].allow_tf32, flags[1].allow_tf32 = before
+        return pool3.cpu().double(), logits.softmax(1).cpu()
+    return f"inception {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", extract
+
+
+@dataclass
+class Sums:
+    """n, sum x and sum x x^T of features x (d,): () and (d,) and (d, d), float64.  They add."""
+    n: torch.Tensor = 0
+    x: torch.Tensor = 0
+    xx: torch.Tensor = 0
+
+    def __add__(self, other):
+        return Sums(self.n + other.n, self.x + other.x, self.xx + other.xx)
+
+    def moments(self):
+        """Mean (d,) and covariance (d, d), divided by n - 1, as arrays."""
+        mean = self.x / self.n
+        return mean.numpy(), ((self.xx - self.n * mean.outer(mean)) / (self.n - 1)).numpy()
+
+
+@torch.no_grad()
+def measure(batches, extract, count=0):
+    """Batches -> Sums of the features of all, the first KEPT features, all class probabilities.
+
+    Every rank brings its own batches, and gets the Sums over all ranks; the rest is its own.
+    count: of the rows, to show progress.
+    """
+    sums, kept, classes, done = Sums(), [], [], 0
+    for x in batches:
+        features, p = extract(x)
+        sums += Sums(torch.tensor(float(len(x))).double(), features.sum(0), features.T @ features)
+        kept.append(features[:max(0, KEPT - done)])
+        classes.append(p)
+        done += len(x)
+        if count:
+            progress("measuring", done, count)
+    if not sums.xx.isfinite().all():
+        raise FloatingPointError("the features are not finite: damaged weights, or samples")
+    sums = Sums(*(total(value) for value in (sums.n, sums.x, sums.xx)))
+    return sums, torch.cat(kept), None if p is None else torch.cat(classes)
+
+
+# ---- Distances -----------------------------------------------------------------------------------
+
 def moments(features):
     """(n, d) -> mean (d,) and covariance (d, d), float64."""
-    return features.mean(0), np.cov(features, rowvar=False, dtype=np.float64).reshape(
-        features.shape[1], features.shape[1])
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False, dtype=np.float64))
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -41,14 +121,112 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
         |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^{1/2})
 
-    (C1 C2)^{1/2} has the trace of (A C2 A)^{1/2}, A = C1^{1/2}, and that is a symmetric problem:
-    two eigendecompositions, no general matrix root, no complex numbers, singular C1, C2 allowed.
+    With any A A^T = C1, (C1 C2)^{1/2} has the trace of (A^T C2 A)^{1/2}, and that is a symmetric
+    problem: no general matrix root, no complex numbers, singular C1, C2 allowed.
     mean (d,), cov (d, d) float64 -> float, in the features' squared units.
     """
-    values, Q = np.linalg.eigh(cov1)
-    A = (Q * np.sqrt(values.clip(0))) @ Q.T
-    root = np.sqrt(np.linalg.eigvalsh(A @ cov2 @ A).clip(0)).sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * root)
+    C1, C2 = torch.as_tensor(cov1), torch.as_tensor(cov2)
+    A, singular = torch.linalg.cholesky_ex(C1)                  # a tenth of an eigendecomposition
+    if singular:
+        values, Q = torch.linalg.eigh(C1)
+        A = Q * values.clamp(min=0).sqrt()
+    root = torch.linalg.eigvalsh(A.T @ C2 @ A).clamp(min=0).sqrt().sum()
+    return float(((mean1 - mean2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root)
+
+
+def distance_name(features, n):
+    """Of n samples' Frechet distance: it falls with n, so only that of 50,000 is a FID, and others
+    are fid_500, fid_2k, frechet_pixels_2k, .."""
+    kind = "fid" if features.startswith("inception") else f"frechet_{features}"
+    if kind == "fid" and n >= 50_000:
+        return "FID"
+    return f"{kind}_{n // 1000}k" if n % 1000 == 0 else f"{kind}_{n}"
+
+
+def polynomial_mmd(x, y):
+    """Squared maximum mean discrepancy of rows x (n, d) and y (m, d), without bias; float.
+
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),
+        k(a, b) = (a.b/d + 1)^3
+    """
+    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = sum((k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy))
+    return (within - 2 * xy.mean()).item()
+
+
+def kernel_distance(x, y, seed=0, subsets=100, most=1000):
+    """KID (Binkowski et al. 2018): polynomial_mmd of random subsets, mean and sd, and their size.
+
+    The size is at most half of either, so that subsets differ.  Its mean does not depend on n.
+    """
+    g = torch.Generator().manual_seed(seed)
+    size = max(2, min(most, len(x) // 2, len(y) // 2))
+    values = [polynomial_mmd(*(z[torch.randperm(len(z), generator=g)[:size]] for z in (x, y)))
+              for _ in range(subsets)]
+    return float(np.mean(values)), float(np.std(values)), f"{subsets} subsets of {size}"
+
+
+def inception_score(p, splits=10):
+    """exp E_x KL(p(y|x) || p(y)) (Salimans et al. 2016) of p(y|x) (n, classes), by consecutive
+    splits: mean and sd, and their size.  From 1 to the number of classes; more is better."""
+    parts = p.tensor_split(min(splits, len(p)))
+    values = [(torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean().exp().item()
+              for q in (part.double() for part in parts)]
+    return float(np.mean(values)), float(np.std(values)), f"{len(parts)} splits of {len(parts[-1])}"
+
+
+# ---- Samples against data ------------------------------------------------------------------------
+
+def real_statistics(data, num, features, seed=0, most=None, batch=64):
+    """Of `most` random rows of the data (none: all): what samples are compared with.
+
+    features: an extractor's name and function -> a dict, as in --save-stats: mean, cov, n, of what
+    they are, and, where there are 2 num rows, the floor, num of them against the others.  Also
+    what `measure` gave for these parts.  Each rank takes its share.
+    """
+    rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:most]
+    rank, world = ranks()
+
+    def part(rows):
+        mine = rows[rank::world]
+        return measure(rows_of(data, mine, batch), features[1], len(mine))
+    parts = [part(rows[:num]), part(rows[num:])] if 2 * num <= len(rows) else [part(rows)]
+    mean, cov = sum((sums for sums, *_ in parts), Sums()).moments()
+    floor = frechet_distance(*(m for part in parts for m in part[0].moments())) if parts[1:] \
+        else np.nan
+    return dict(mean=mean, cov=cov, n=len(rows), data=data.name, fingerprint=data.fingerprint,
+                shape=list(data.x.shape[1:]), features=features[0],
+                floor=floor, floor_n=num if parts[1:] else 0), parts
+
+
+def rows_of(data, rows, batch):
+    """Batches of these rows of the data, as they are."""
+    return (torch.from_numpy(data.x[some.numpy()]) for some in rows.split(batch))
+
+
+def drawn(denoise, seeds, shape, sampler, schedule, steps, labels=None, batch=64, *rest, **choices):
+    """The samples of runs.generate in batches, images as uint8."""
+    for i in range(0, len(seeds), batch):
+        own = None if labels is None else labels[i:i + batch]
+        yield torch.from_numpy(to_uint8(generate(denoise, seeds[i:i + batch], shape, sampler,
+                                                 schedule, steps, own, batch, *rest, **choices)))
+
+
+def in_turn(seeds, options):
+    """Labels for sample after sample, each class as often as the others; None without classes."""
+    return torch.as_tensor(seeds) % len(options["classes"]) if options["classes"] else None
+
+
+def run_distance(denoise, options, num, features, real):
+    """(name, Frechet distance, floor) of num samples, drawn as a run's grids are; features and
+    real: as of extractor and real_statistics.  Each rank draws its share."""
+    rank, world = ranks()
+    seeds = range(num)[rank::world]
+    batches = drawn(denoise, seeds, options["shape"], "heun", build_schedule(options),
+                    options["sample-steps"], in_turn(seeds, options), device=options["device"])
+    sums, *_ = measure(batches, features[1])
+    distance = frechet_distance(*sums.moments(), real["mean"], real["cov"])
+    return distance_name(features[0], num), distance, real["floor"]
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -59,6 +237,27 @@ def real_features(data, seed, count=10_000):
     pixels = torch.from_numpy(data.x)
     return np.concatenate([pixel_features(load_rows(pixels, r, None, "cpu"))
                            for r in rows.split(500)])
+
+
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)     # sigma, of the tables
+
+
+@torch.no_grad()
+def denoising_error(denoise, x0, labels=None, levels=LEVELS, batch=64):
+    """E |D(x0 + sigma eps; sigma) - x0|^2/d at each noise level, each rank taking its share of x0.
+
+    The noise is the same whoever asks, and the weight 1: so it compares runs of any objective.
+    """
+    rank, world = ranks()
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    error = torch.zeros(len(levels), dtype=torch.float64, device=x0.device)
+    for i in range(rank * batch, len(x0), world * batch):
+        clean, eps, own = x0[i:i + batch], noise[i:i + batch], \
+            () if labels is None else (labels[i:i + batch],)
+        for k, sigma in enumerate(levels):
+            D = denoise(clean + sigma * eps, torch.tensor(sigma), *own)
+            error[k] += ((D - clean).double() ** 2).sum()
+    return (total(error) / x0.numel()).tolist()
 
 
 @torch.no_grad()
@@ -76,8 +275,8 @@ def noise_table(options, data, ema, count=128):
     x0, mine = reference[:count], None if label is None else label[:count]
     noise = torch.randn(x0.shape, generator=g).to(device)
     table = []
-    for level in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50):
-        sigma = torch.full((len(x0), *[1] * (x0.ndim - 1)), float(level), device=device)
+    for level in LEVELS:
+        sigma = torch.full((len(x0), *[1] * (x0.ndim - 1)), level, device=device)
         x = x0 + sigma * noise
         D = torch.cat([ema(x[i:i + 64], sigma[i:i + 64], None if mine is None else mine[i:i + 64])
                        for i in range(0, len(x), 64)])
@@ -115,45 +314,7 @@ def report(options, data, run, ema, seconds, count=128):
                                 count=count, loss_by_sigma=table)) + "\n")
 
 
-# ---- Command line --------------------------------------------------------------------------------
-
-def parser():
-    p = Parser(prog="evaluate.py", description="What a run of train.py has learned.")
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    c = commands.add_parser("sample", help="draw samples from a run")
-    table = commands.add_parser("samplers", help="each sampler's distance to the data, by NFE")
-    add_commands(commands)
-    for command in (c, table):
-        command.add_argument("run", metavar="RUN", help="folder that train.py made")
-        command.add_argument("--num", type=number(int, 1),
-                             help="default: 64 images, or 4000 points")
-        command.add_argument("--schedule", choices=SCHEDULES, help="default: the run's own")
-        command.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-                             help="sample i has seed SEED + i (default: 0)")
-        command.add_argument("--batch", type=number(int, 1), default=64,
-                             help="default: 64; changes no image")
-        command.add_argument("--weights", choices=["ema", "raw"], default="ema",
-                             help="default: ema")
-        command.add_argument("--device", help="none: cuda where there is one, else cpu")
-    table.add_argument("--steps", type=number(int, 1), nargs="+", default=[6, 12, 24, 48],
-                       help="default: 6 12 24 48")
-    c.add_argument("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
-    c.add_argument("--steps", type=number(int, 1), default=18,
-                   help="default: 18; rk45 chooses its own")
-    c.add_argument("--churn", type=number(float, 0), help="edm-stochastic's S_churn (default: 0)")
-    c.add_argument("--eta", type=number(float, 0, 1), help="ddim's noise, 0 to 1 (default: 0)")
-    c.add_argument("--snr", type=number(float, 1e-4, 1), help="of pc's corrector (default: 0.16)")
-    c.add_argument("--rtol", type=number(float, 1e-7, 1),
-                   help="rk45's relative and absolute tolerance (default: 1e-5)")
-    c.add_argument("--variance", choices=VARIANCES, help="of ddpm (default: beta_tilde) and, but "
-                   "for beta, of ddim; sn and npr need a run with that --head")
-    c.add_argument("--guidance", type=number(float, 0), default=1.0,
-                   help="classifier-free: away from the unconditional denoiser if above 1 "
-                   "(default: 1, none)")
-    c.add_argument("--class", dest="label", help="name or number of one class; none: all in turn")
-    c.add_argument("--out", help="a .png grid or an .npz of arrays; none: a .png in RUN")
-    return p
-
+# ---- Samples of a run ----------------------------------------------------------------------------
 
 def choices_of(args, options):
     """generate's choices out of the command line; BadInput where one has no meaning."""
@@ -177,16 +338,44 @@ def choices_of(args, options):
     return given
 
 
-def sample(args):
-    """evaluate.py sample: draws samples of a run and saves them."""
+def open_run(args):
+    """Of a run: sampled(num, sampler, steps, guide, labels, **choices), batches of samples; the
+    denoiser it calls, which counts; the options; and a text that says which weights these are."""
     device = pick_device(args.device)
     denoiser, options, step = load_run(args.run, device, args.weights)
     schedule = SCHEDULES[args.schedule]() if args.schedule else build_schedule(options)
+    for steps in np.atleast_1d(args.steps).tolist():
+        attempt(f"--steps {steps}", "choose fewer", schedule.time_steps, steps)
+    denoise, shape = Counted(denoiser), options["shape"]
+
+    def sampled(num, sampler, steps, guide=1.0, labels=None, **choices):
+        analytic, seeds = None, range(args.seed, args.seed + num)
+        if choices.get("variance") == "analytic":
+            analytic = analytic_moments(args.run, denoiser, options, step, args.weights, device)
+        labels = in_turn(range(num), options) if labels is None else labels
+        return drawn(denoise, seeds, shape, sampler, schedule, steps, labels,
+                     args.batch if len(shape) > 1 else num, device, analytic, guide, **choices)
+    return sampled, denoise, options, f"{args.run} at step {step}, {args.weights} weights"
+
+
+def described(args, choices):
+    """What was asked of a sampler, in a line: ddim, 24 steps, eta 0.5, seed 3."""
+    how = args.sampler + ("" if args.sampler == "rk45" else f", {args.steps} steps")
+    for name, value in [*choices.items(), ("schedule", args.schedule), ("class", args.label),
+                        ("guidance", args.guidance if args.guidance != 1 else None),
+                        ("seed", args.seed or None),
+                        ("weights", args.weights if args.weights != "ema" else None)]:
+        how += f", {name} {value}" if value is not None else ""
+    return how
+
+
+def sample(args):
+    """evaluate.py sample: draws samples of a run and saves them."""
+    sampled, denoise, options, what = open_run(args)
     classes, images = options["classes"], len(options["shape"]) > 1
     choices = choices_of(args, options)
     args.num = args.num or (64 if images else 4000)
-    attempt(f"--steps {args.steps}", "choose fewer", schedule.time_steps, args.steps)
-    labels = None
+    labels = in_turn(range(args.num), options)
     if args.label is not None:
         names = classes if args.label in classes else [str(k) for k in range(len(classes))]
         if args.label not in names:
@@ -194,82 +383,250 @@ def sample(args):
                 f"choose one of {', '.join(classes)}" if classes else
                 "the run is not class-conditional; leave the option out"))
         labels = torch.full((args.num,), names.index(args.label))
-    elif classes:
-        labels = torch.arange(args.num) % len(classes)
-    how = args.sampler + ("" if args.sampler == "rk45" else f", {args.steps} steps")
-    for name, value in [*choices.items(), ("schedule", args.schedule), ("class", args.label),
-                        ("guidance", args.guidance if args.guidance != 1 else None),
-                        ("seed", args.seed or None), ("raw", args.weights == "raw" or None)]:
-        how += f", {name} {value}" if value is not None else ""
+    how = described(args, choices)
     name = how.replace(" steps", "").replace(", ", "-").replace(" ", "-")
     out = args.out or f"{args.run}/{name}.png"
-    if os.path.isdir(out) or not out.endswith((".png", ".npz")):
-        raise BadInput(f"--out {out} is not a file's name ending in .png or .npz; choose another")
-    attempt(out, "choose another --out", lambda: open(f"{out}.part", "wb").close())
-    os.remove(f"{out}.part")
-
-    analytic = None
-    if choices.get("variance") == "analytic":
-        analytic = analytic_moments(args.run, denoiser, options, step, args.weights, device)
-    start, denoise = time.time(), Counted(denoiser)
-    x = to_uint8(generate(denoise, range(args.seed, args.seed + args.num), options["shape"],
-                          args.sampler, schedule, args.steps, labels,
-                          args.batch if images else args.num, device, analytic, args.guidance,
-                          **choices))
+    check_output("--out", out, ".png", ".npz")
+    start = time.time()
+    x = torch.cat([*sampled(args.num, args.sampler, args.steps, args.guidance, labels,
+                            **choices)]).numpy()
     if out.endswith(".npz"):
-        with open(f"{out}.part", "wb") as file:
-            np.savez(file, images=x, **({} if labels is None else {"labels": labels.numpy()}))
-        os.replace(f"{out}.part", out)
+        save_arrays(out, images=x, **({} if labels is None else {"labels": labels.numpy()}))
     else:
         equal = args.label is None and classes and args.num % len(classes) == 0
         rows = classes if images and equal else ()
         x = x[np.argsort(labels.numpy(), kind="stable")] if rows else x       # a row for each class
         save_pictures(out, [(how, x)], rows)
-    print(f"{args.num} samples of {args.run} at step {step}, {args.weights} weights, {how}, "
-          f"NFE {denoise.rows / args.num:g}, "
+    print(f"{args.num} samples of {what}, {how}, NFE {denoise.rows / args.num:g}, "
           f"{time.time() - start:.1f} s\n{out}")
 
 
-def samplers(args):
-    """evaluate.py samplers: a table of sampler, steps, NFE and Frechet distance in pixel space."""
-    device = pick_device(args.device)
-    denoiser, options, step = load_run(args.run, device, args.weights)
-    schedule = SCHEDULES[args.schedule]() if args.schedule else build_schedule(options)
-    args.num = args.num or (64 if len(options["shape"]) > 1 else 4000)
-    for steps in args.steps:
-        attempt(f"--steps {steps}", "choose fewer", schedule.time_steps, steps)
-    real = real_features(run_data(options), options["seed"])
-    if not 2 <= args.num <= len(real) // 2:
-        raise BadInput(f"--num {args.num} is not within [2, {len(real) // 2}], half of the data")
-    reference, classes = moments(real[args.num:]), options["classes"]
-    labels = torch.arange(args.num) % len(classes) if classes else None
-    analytic = analytic_moments(args.run, denoiser, options, step, args.weights, device)
-    grids = [(name, steps, more) for steps in args.steps for name, more in [
-        ("euler", {}), ("heun", {}), ("edm-stochastic", {"churn": 10.0}), ("ddim", {"eta": 0.0}),
-        ("ddim", {"eta": 0.5}), ("ddpm", {"variance": "beta_tilde"}),
-        ("ddpm", {"variance": "beta"}), ("ddpm", {"variance": "analytic"}), ("pc", {})]]
-    grids += [("rk45", 18, {"rtol": rtol}) for rtol in (1e-2, 1e-3, 1e-4)]
-    floor = frechet_distance(*moments(real[:args.num]), *reference)
-    print(f"{args.run} at step {step}, {args.weights} weights, {args.num} samples; "
-          f"{args.num} real ones: {floor:.3f}\n\n"
-          f"{'sampler':32}{'steps':>6}{'NFE':>8}{'distance':>10}", flush=True)
-    for name, steps, more in grids:
-        denoise = Counted(denoiser)
-        x = generate(denoise, range(args.seed, args.seed + args.num), options["shape"], name,
-                     schedule, steps, labels, args.batch, device, analytic, **more)
-        distance = frechet_distance(*moments(pixel_features(x)), *reference)
-        called = f"{name} " + " ".join(f"{key} {value}" for key, value in more.items())
-        print(f"{called:32}{steps if name != 'rk45' else '':>6}{denoise.rows / args.num:8g}"
-              f"{distance:10.3f}", flush=True)
+def check_output(option, path, *endings):
+    """BadInput where that file cannot be written: now, not after an hour's work."""
+    if os.path.isdir(path) or not path.endswith(endings):
+        raise BadInput(f"{option} {path} is not a file's name ending in {' or '.join(endings)}; "
+                       "choose another")
+    attempt(path, f"choose another {option}", lambda: open(f"{path}.part", "wb").close())
+    os.remove(f"{path}.part")
+
+
+def save_arrays(path, **arrays):
+    with open(f"{path}.part", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(f"{path}.part", path)
+
+
+# ---- Image quality -------------------------------------------------------------------------------
+
+def fid(args):
+    """evaluate.py fid: Frechet distance, KID and IS of samples, beside those of real images."""
+    def scores(measured, mean, cov, others):            # (value, sd, sizes) of each, or None
+        sums, kept, p = measured
+        return [(frechet_distance(*sums.moments(), mean, cov),),
+                None if others is None else kernel_distance(kept, others, args.seed),
+                None if p is None else inception_score(p)]
+    what, options, shape, num, batches = samples_of(args)
+    kind = args.features or ("inception" if len(shape) > 1 else "pixels")
+    features = extractor(kind, shape, args.inception, args.data_dir, pick_device(args.device))
+    real, parts = reference(args, options, shape, num, features)
+    found = measure(batches, features[1], num)
+    kept = torch.cat([kept for _, kept, _ in parts])[:KEPT] if parts else None
+    columns = [scores(found, real["mean"], real["cov"], kept)]
+    if parts[1:]:
+        columns.append(scores(parts[0], *parts[1][0].moments(), parts[1][1]))
+    elif real["floor_n"] == num:
+        columns.append([(real["floor"],), None, None])
+
+    others = f" (for the floor {real['n'] - num})" * len(columns[1:])
+    print(f"{what()}\nreference  {real['data']}, fingerprint {real['fingerprint']}, n {real['n']}"
+          f"{others}\nfeatures   {features[0]}\n\n{'':20}{f'{num} samples':>24}"
+          + f"{f'{num} real (floor)':>24}" * len(columns[1:]))
+    for name, *row in zip([distance_name(features[0], num), "KID", "IS"], *columns):
+        if row[0]:
+            cells = [" +- ".join(f"{x:.4g}" for x in cell[:2]) if cell else "-" for cell in row]
+            print(f"{name:20}" + "".join(f"{x:>24}" for x in cells) + "   ".join(["", *row[0][2:]]))
+    n, d = min(num, real["n"]), len(real["mean"])
+    for so, note in [
+        (not columns[1:], f"no floor: it needs {2 * num} real images" + (
+            "" if parts else f", or statistics saved with --num {num}")),
+        (not parts, "no KID: it needs real images, not their statistics alone"),
+        (n < d, f"warning: the covariance of {n} images in {d} dimensions is singular; compare "
+         "numbers of the same n only"),
+        (features[0] not in ("pixels", f"inception {SHA256}"), "warning: these are not the "
+         "published weights; compare numbers of the same weights only")]:
+        if so:
+            print(note)
+
+
+def samples_of(args):
+    """Of the run or the images to measure: what they are, as a function; the run's options, or
+    None; a sample's shape; how many there are; batches of them."""
+    if os.path.isfile(f"{args.run}/options.json") or args.run.endswith(".pt"):
+        sampled, denoise, options, what = open_run(args)
+        choices, shape = choices_of(args, options), options["shape"]
+        num = most = args.num or (2000 if len(shape) > 1 else 4000)
+        batches = sampled(num, args.sampler, args.steps, args.guidance, **choices)
+        text = lambda: (f"{what}, {described(args, choices)}, NFE {denoise.rows / num:g}"
+                        + ", seed 0" * (args.seed == 0))
+    else:
+        if not args.ref:
+            raise BadInput("--ref is missing: name the images to compare these with")
+        usual, options = parser().parse_args(["fid", args.run]), None
+        for name in ("sampler", "steps", "guidance", "schedule", "weights", *CHOICES):
+            if getattr(args, name) != getattr(usual, name):
+                raise BadInput(f"--{name} belongs to a RUN; leave it out for images")
+        data = load_data(args.run, args.data_dir, args.size)
+        shape, most, num = data.x.shape[1:], len(data.x), args.num or len(data.x)
+        rows = torch.randperm(most, generator=torch.Generator().manual_seed(args.seed))[:num]
+        batches = rows_of(data, rows, args.batch)
+        text = lambda: f"{data.source}, fingerprint {data.fingerprint}, seed {args.seed}"
+    if not 2 <= num <= most:
+        raise BadInput(f"--num {num} is not within [2, {most}]")
+    return text, options, list(shape), num, batches
+
+
+def reference(args, options, shape, num, features):
+    """real_statistics of --ref, else of the data of the run with these options; and its parts."""
+    stored = attempt(args.ref, "name images, or what --save-stats wrote", load_statistics,
+                     args.ref) if str(args.ref).endswith(".npz") else None
+    for bad, sentence in [
+        (stored and args.save_stats, "--save-stats needs images, and this --ref has none"),
+        (stored and args.ref_num, "--ref-num needs images, and this --ref has none"),
+        (options and args.size and (stored or not args.ref), "--size needs images; leave it out")]:
+        if bad:
+            raise BadInput(sentence)
+    if args.save_stats:
+        check_output("--save-stats", args.save_stats, ".npz")
+    if not stored:
+        data = run_data(options) if not args.ref else load_data(
+            args.ref, args.data_dir, args.size or options and options["size"])
+    theirs = stored or dict(features=features[0], shape=list(data.x.shape[1:]))
+    if [theirs["features"], theirs["shape"]] != [features[0], shape]:
+        raise BadInput(f"the reference is {theirs['features']} of {theirs['shape']}, the samples "
+                       f"are {features[0]} of {shape}; choose another --ref, --size or --features")
+    if stored:
+        return stored, []
+    real, parts = real_statistics(data, num, features, args.seed, args.ref_num, args.batch)
+    if args.save_stats:
+        save_arrays(args.save_stats, **real)
+    return real, parts
+
+
+def load_statistics(path):
+    """What --save-stats wrote, or None where that is another file."""
+    with np.load(path, allow_pickle=False) as file:
+        return None if "cov" not in file.files else {
+            name: file[name] if name in ("mean", "cov") else file[name].tolist() for name in (
+                "mean", "cov", "n", "data", "fingerprint", "shape", "features", "floor", "floor_n")}
+
+
+def nfe(args):
+    """evaluate.py nfe: each sampler's Frechet distance over its NFE, deterministic (EDM fig. 2),
+    with S_churn (EDM fig. 4) and otherwise stochastic, beside the floor of real images."""
+    sampled, denoise, options, what = open_run(args)
+    data, num = run_data(options), args.num or (64 if len(options["shape"]) > 1 else 4000)
+    if not 2 <= num <= len(data.x) // 2:
+        raise BadInput(f"--num {num} is not within [2, {len(data.x) // 2}], half of the data")
+    features = extractor(args.features or "pixels", options["shape"], args.inception,
+                         args.data_dir, pick_device(args.device))
+    real, _ = real_statistics(data, num, features, args.seed, max(KEPT, 2 * num))
+    grid = [(" ".join([sampler, *(f"{key} {x}" for key, x in more.items())]), sampler, more, steps)
+            for sampler, more in [
+                ("euler", {}), ("heun", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 0.5}),
+                *(("edm-stochastic", {"churn": churn}) for churn in (1.0, 3.0, 10.0)), ("pc", {}),
+                *(("ddpm", {"variance": v}) for v in ("beta_tilde", "beta", "analytic"))]
+            for steps in args.steps]
+    grid += [("rk45", "rk45", {"rtol": rtol}, 18) for rtol in (1e-2, 1e-3)]
+    columns, rows = ["sampler", "steps", "NFE", distance_name(features[0], num)], []
+    print(f"{what}\n\n{columns[0]:28}{columns[1]:>12}{columns[2]:>10}{columns[3]:>24}")
+    for name, sampler, more, steps in grid:
+        denoise.rows = 0
+        sums, *_ = measure(sampled(num, sampler, steps, **more), features[1])
+        rows.append([name, f"rtol {more['rtol']}" if sampler == "rk45" else steps,
+                     denoise.rows / num,
+                     frechet_distance(*sums.moments(), real["mean"], real["cov"])])
+        print("{:28}{:>12}{:10.4g}{:24.4g}".format(*rows[-1]), flush=True)
+    floor = f"{num} real images"
+    print(f"{floor:28}{'':22}{real['floor']:24.4g}")
+    rows += [[floor, "", end(row[2] for row in rows), real["floor"]] for end in (min, max)]
+    print(f"\n{save_csv(args, columns, rows)}.csv")
+    names = [*dict.fromkeys(row[0] for row in rows)]
+    panels = {"deterministic": ["euler", "heun", "ddim eta 0.0", "rk45"],
+              "S_churn": ["heun", *(name for name in names if "churn" in name)]}
+    panels["other stochastic"] = set(names).difference(*panels.values())
+    draw(f"{args.out}/nfe.png", ["NFE", *names], [
+        [nfe, *(distance if name == own else None for own in names)]
+        for name, _, nfe, distance in rows], [
+        dict(y=[name for name in names if name in (*some, floor)], ylabel=columns[3], title=title,
+             style=".-") for title, some in panels.items()], what)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def parser():
+    p = Parser(prog="evaluate.py", description="What a run of train.py has learned.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared, sampling, ruler = (Parser(add_help=False) for _ in range(3))
+    add = shared.add_argument
+    add("--num", type=number(int, 1), help="default: 64 images, 4000 points; fid: 2000 images of a "
+        "RUN, 4000 points, or all there are")
+    add("--schedule", choices=SCHEDULES, help="default: the run's own")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+        help="sample i has seed SEED + i (default: 0)")
+    add("--batch", type=number(int, 1), default=64, help="default: 64; changes no image")
+    add("--weights", default="ema", help="ema, raw or another half-life of --ema (default: ema)")
+    add("--device", help="none: cuda where there is one, else cpu")
+    add = sampling.add_argument
+    add("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
+    add("--steps", type=number(int, 1), default=18, help="default: 18; rk45 chooses its own")
+    add("--churn", type=number(float, 0), help="edm-stochastic's S_churn (default: 0)")
+    add("--eta", type=number(float, 0, 1), help="ddim's noise, 0 to 1 (default: 0)")
+    add("--snr", type=number(float, 1e-4, 1), help="of pc's corrector (default: 0.16)")
+    add("--rtol", type=number(float, 1e-7, 1), help="rk45's relative and absolute tolerance "
+        "(default: 1e-5)")
+    add("--variance", choices=VARIANCES, help="of ddpm (default: beta_tilde) and, but for beta, of "
+        "ddim; sn and npr need a run with that --head")
+    add("--guidance", type=number(float, 0), default=1.0, help="classifier-free: away from the "
+        "unconditional denoiser if above 1 (default: 1, none)")
+    add = ruler.add_argument
+    add("--features", choices=["inception", "pixels"], help="default: pixels for nfe and points, "
+        "inception for images")
+    add("--inception", metavar="PATH", help=f"of {INCEPTION}; none: 91 MB to download")
+    add("--data-dir", default="data", help="where downloads lie (default: data)")
+
+    c = commands.add_parser("sample", parents=[shared, sampling], help="draw samples from a run")
+    f = commands.add_parser("fid", parents=[shared, sampling, ruler], help="FID, KID and IS of a "
+                            "run's samples, or of images")
+    n = commands.add_parser("nfe", parents=[shared, ruler], help="each sampler's distance by NFE")
+    c.add_argument("run", metavar="RUN", help="folder that train.py made")
+    c.add_argument("--class", dest="label", help="name or number of one class; none: all in turn")
+    c.add_argument("--out", help="a .png grid or an .npz of arrays; none: a .png in RUN")
+    f.set_defaults(label=None)
+    f.add_argument("run", metavar="RUN|IMAGES", help="folder that train.py made, or any images")
+    f.add_argument("--ref", help="images to compare with, or statistics; none: the RUN's data")
+    f.add_argument("--ref-num", type=number(int, 2), help="so many of these; none: all")
+    f.add_argument("--save-stats", metavar="X.npz", help="write their statistics, for other --ref")
+    f.add_argument("--size", type=number(int, 1), help="crop and resize all to SIZE x SIZE; none: "
+                   "as they are, and --ref to the size of RUN")
+    n.add_argument("run", metavar="RUN", help="folder that train.py made")
+    n.add_argument("--steps", type=number(int, 1), nargs="+", default=[6, 12, 24],
+                   help="default: 6 12 24")
+    n.add_argument("--out", default="plots", help="folder of nfe.csv, nfe.png (default: plots)")
+    add_commands(commands)
+    return p
 
 
 def main(argv=None):
     try:
         args = parser().parse_args(argv)
-        figures = {name: function for name, (function, *_) in FIGURES.items()}
-        (dict(sample=sample, samplers=samplers) | figures)[args.command](args)
+        figures = {name: function for name, (function, *_) in FIGURES.items()} | dict(nfe=nfe)
+        if args.command in figures:                # --out is a folder: check it before the work
+            near = next(p for p in (Path(args.out), *Path(args.out).parents) if p.exists())
+            if not (near.is_dir() and os.access(near, os.W_OK)):
+                raise BadInput(f"--out {args.out}: {near} is no folder to write to; choose another")
+        (dict(sample=sample, fid=fid) | figures)[args.command](args)
         return 0
-    except (BadInput, FloatingPointError) as error:
+    except (BadInput, OSError, FloatingPointError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -106,6 +106,17 @@ def together(denoise, x, sigma):
 
 # ---- Stable target fields ------------------------------------------------------------------------
 
+def rows(reference, like, chunk=512):
+    """The references y_k, `chunk` of them at a time, as (chunk, d) in like's dtype and device.
+
+    uint8 images become [-1, 1] here, so a large reference never is floating-point as a whole.
+    Needs: nothing.
+    """
+    for y in reference.split(chunk):
+        y = y.to(like.device)
+        yield (y.float() / 127.5 - 1 if y.dtype == torch.uint8 else y).flatten(1).to(like)
+
+
 @torch.no_grad()
 def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=512):
     """Posterior weights of references y_k: softmax_k(-|x - y_k|^2 / (2 sigma^2))   (STF eq. 5).
@@ -113,18 +124,18 @@ def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=5
     This is attention with query x and keys y.  The exponent is needed only up to a constant per
     row, (x.y_k - |y_k|^2/2) / sigma^2, so one matrix product gives it.
 
-    x (B, ...), sigma (B, 1, ..., 1), reference (n, ...) -> (B, n) float64.  Time O(B n d), memory
-    O(B n + chunk d), never (B, n, d).  With labels (B,) and reference_labels (n,) only references
+    x (B, ...), sigma (B, 1, ..., 1), reference (n, ...), like x or uint8 images that stand for
+    [-1, 1], on any device -> (B, n) float64.  Time O(B n d), memory O(B n + chunk d), never
+    (B, n, d).  With labels (B,) and reference_labels (n,) only references
     of the sample's own class count, as a class-conditional D demands; NaN where there is none.
     1/sum_k w_k^2 is the effective sample size: where it is 1, the target is x0 and nothing is won.
 
     float64 inside, whatever the inputs and autocast: the difference of two large products, over
-    sigma^2, leaves float32 no digits between near-duplicates at small sigma.  Needs: nothing.
+    sigma^2, leaves float32 no digits between near-duplicates at small sigma.  Needs: rows.
     """
     variance = sigma.flatten(1).double() ** 2                                     # (B, 1)
     query, logits = x.flatten(1).double(), []                                     # (B, d)
-    for y in reference.split(chunk):
-        y = y.flatten(1).to(query)                                                # (chunk, d)
+    for y in rows(reference, query, chunk):                                       # (chunk, d)
         logits.append((query @ y.T - torch.linalg.vecdot(y, y) / 2) / variance)   # (B, chunk)
     logits = torch.cat(logits, dim=1)                                             # (B, n)
     if labels is not None:
@@ -144,12 +155,15 @@ def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=51
     Unbiased for every n, if each x's own source is among its references: given x and the unordered
     batch, the source is row k with probability w_k, so the target is E[x0 | x, batch], and the mean
     of that is E[x0 | x].  (The paper calls it biased.)  One row is plain DSM; a whole finite data
-    set gives its exact posterior mean.  Needs: stf_weights.
+    set gives its exact posterior mean.  Needs: stf_weights, weighted_sum, rows.
     """
     w = stf_weights(x, sigma, reference, labels, reference_labels, chunk)         # (B, n)
-    chunks = zip(w.split(chunk, dim=1), reference.split(chunk))
-    target = sum(w_k @ y.flatten(1).to(w_k) for w_k, y in chunks)                 # (B, d)
-    return target.view_as(x).to(x.dtype)
+    return weighted_sum(w, reference, chunk).view_as(x).to(x.dtype)
+
+
+def weighted_sum(w, reference, chunk=512):
+    """sum_k w_k y_k: w (B, n), reference (n, ...) as in stf_weights -> (B, d).  Needs: rows."""
+    return sum(w_k @ y for w_k, y in zip(w.split(chunk, dim=1), rows(reference, w, chunk)))
 
 
 def stf_loss(denoise, x0, noise, sigma, weight, target):
@@ -170,14 +184,13 @@ def others_mean(x0, reference, labels=None, reference_labels=None):
     """ybar_{-i}: the mean of the references of i's class without i's own row.
 
     x0 (B, ...), reference (n, ...) that has the rows of x0 among its own -> (B, ...), and the
-    number of rows it is a mean of, (B, 1, ..., 1); zeros where that is 0.  Needs: nothing.
+    number of rows it is a mean of, (B, 1, ..., 1); zeros where that is 0.  Needs: weighted_sum,
+    rows.
     """
-    if labels is None:
-        total, count = reference.sum(0), x0.new_full((len(x0),), len(reference))
-    else:
-        same = (labels[:, None] == reference_labels).to(x0)                       # (B, n)
-        total, count = (same @ reference.flatten(1).to(x0)).view_as(x0), same.sum(1)
-    count = count.view(-1, *[1] * (x0.ndim - 1)) - 1
+    same = x0.new_ones(1, len(reference)) if labels is None else (
+        labels[:, None] == reference_labels).to(x0)                               # (1 or B, n)
+    count = same.sum(1).expand(len(x0)).view(-1, *[1] * (x0.ndim - 1)) - 1
+    total = weighted_sum(same, reference).view(-1, *x0.shape[1:])
     return (total - x0) / count.clamp(min=1), count
 
 
@@ -189,7 +202,8 @@ def mean_correction(x0, sigma, reference, mu, gamma, labels=None, reference_labe
     is ybar_{-i}'s expectation given y_i: so the mean of the target stays, for any gamma.
     gamma: function of sigma, from measure_gamma.  0 where a sample is alone in its class.
 
-    x0 (B, ...), sigma (B, 1, ..., 1), reference (n, ...) -> (B, ...).  Needs: others_mean.
+    x0 (B, ...), sigma (B, 1, ..., 1), reference (n, ...) -> (B, ...).
+    Needs: others_mean, weighted_sum, rows.
     """
     ybar, count = others_mean(x0, reference, labels, reference_labels)
     return gamma(sigma) * torch.where(count > 0, ybar - mu, 0)
@@ -209,11 +223,12 @@ def measure_gamma(x0, noise, levels, reference, labels=None, reference_labels=No
     is 1 - c_skip on Gaussians, but near 0 up to sigma 4 on photographs, whose posteriors are sharp.
 
     x0, noise (m, ...), levels (L,), reference (n, ...) whose first m rows are x0 -> (L,).
-    Needs: stf_weights, others_mean.
+    Needs: stf_weights, others_mean, weighted_sum, rows.
     """
-    y = reference.flatten(1).double()                                             # (n, d)
     mu = others_mean(x0, reference, labels, reference_labels)[0].flatten(1).double()  # (m, d)
-    from_mu = (y ** 2).sum(1) - 2 * mu @ y.T + (mu ** 2).sum(1, keepdim=True)     # |y_k - mu|^2
+    dot = lambda a: torch.cat([a @ y.T for y in rows(reference, a)], dim=1)       # <a_i, y_k>
+    from_mu = torch.cat([(y ** 2).sum(1) for y in rows(reference, mu)]) - 2 * dot(mu) + (
+        mu ** 2).sum(1, keepdim=True)                                             # |y_k - mu|^2
     others = torch.ones_like(from_mu).fill_diagonal_(0)                           # (m, n)
     if labels is not None:
         others = others * (labels[:, None] == reference_labels)
@@ -221,8 +236,8 @@ def measure_gamma(x0, noise, levels, reference, labels=None, reference_labels=No
     for sigma in levels:
         sigma = sigma.to(x0).expand(len(x0), *[1] * (x0.ndim - 1))
         w = stf_weights(x0 + sigma * noise, sigma, reference, labels, reference_labels)
-        T = w @ y                                                                 # (m, d)
-        along = from_mu - (T - mu) @ y.T + ((T - mu) * mu).sum(1, keepdim=True)   # <y - T, y - mu>
+        T = weighted_sum(w, reference)                                            # (m, d)
+        along = from_mu - dot(T - mu) + ((T - mu) * mu).sum(1, keepdim=True)      # <y - T, y - mu>
         moved = others * w / (1 - w).clamp(min=1e-12) * along
         gamma.append(moved.sum() / len(x0) / ((others * from_mu).sum() / others.sum()))
     return torch.stack(gamma).clamp(0, 1).to(x0.dtype)
@@ -371,7 +386,7 @@ def stf_atoms(x, sigma, reference, uniform, K=4, labels=None, reference_labels=N
     has the mean of the sum over all, exactly.
 
     x (B, ...), reference (n, ...), uniform (B,) in [0, 1) -> atoms (K, B, ...), masses (K, B), and
-    stf_target (B, ...).  K at most n.  Needs: stf_weights.
+    stf_target (B, ...).  K at most n.  Needs: stf_weights, weighted_sum, rows.
     """
     w = stf_weights(x, sigma, reference, labels, reference_labels)                # (B, n)
     mass, k = w.topk(K - 1)                                                       # (B, K-1)
@@ -379,8 +394,9 @@ def stf_atoms(x, sigma, reference, uniform, K=4, labels=None, reference_labels=N
     drawn = torch.searchsorted(rest, uniform[:, None] * rest[:, -1:], right=True)
     k = torch.cat([k, drawn.clamp(max=w.shape[1] - 1)], dim=1).T                  # (K, B)
     mass = torch.cat([mass, rest[:, -1:]], dim=1).T.to(x.dtype)                   # (K, B)
-    target = (w @ reference.flatten(1).double()).view_as(x).to(x.dtype)
-    return reference[k], mass, target
+    target = weighted_sum(w, reference).view_as(x).to(x.dtype)
+    atoms = next(rows(reference[k.flatten()], x, k.numel()))                      # (K B, d)
+    return atoms.view(*k.shape, *x.shape[1:]), mass, target
 
 
 def stf_taylor_terms(denoise, x0, noise, sigma, weight, c_skip, atoms):
@@ -543,13 +559,14 @@ def augmented_stf_target(x, sigma, reference, a, labels=None, reference_labels=N
 
     x (B, C, H, H), a (B, 8) -> (B, C, H, H).  Each sample's class must be among the references'.
     The host waits once for the device.
-    Needs: stf_target, stf_weights, augment.
+    Needs: stf_target, stf_weights, weighted_sum, rows, augment.
     """
     flips = torch.cat([a[:, :2], torch.zeros_like(a[:, 2:])], dim=1)
     target = augment(stf_target(augment(x, flips), sigma, reference, labels, reference_labels),
                      flips)
     for i in (a[:, 2:] != 0).any(1).nonzero().flatten().tolist():
         y = reference if labels is None else reference[reference_labels == labels[i]]
+        y = next(rows(y, x, len(y))).view(-1, *x.shape[1:])                       # (n, C, H, H)
         target[i:i + 1] = stf_target(x[i:i + 1], sigma[i:i + 1],
                                      augment(y, a[i:i + 1].expand(len(y), 8)))
     return target

@@ -30,7 +30,10 @@ class Denoiser(nn.Module):
 
     A model with a head gives twice the channels; `with_head` is D and that second half, as it is:
     of the size of eps^2, for the covariances of SN-DPM and NPR-DPM.  None without a head.
+
+    amp: torch.bfloat16 or torch.float16, in which autocast then runs F.
     """
+    amp = None
 
     def __init__(self, model, precondition):
         super().__init__()
@@ -44,8 +47,13 @@ class Denoiser(nn.Module):
         sigma = torch.as_tensor(sigma).to(x, non_blocking=True)
         sigma = sigma.expand(len(x)).view(-1, *[1] * (x.ndim - 1)) if sigma.ndim == 0 else sigma
         c_skip, c_out, c_in, c_noise = self.precondition(sigma)             # each (B, 1, ..., 1)
-        F_x = self.model(c_in * x, c_noise.flatten(), labels, augment_labels).to(x.dtype)
-        F_x, *head = F_x.split(x.shape[1], dim=1)
+        given = c_in * x, c_noise.flatten(), labels, augment_labels
+        if self.amp is None:
+            F_x = self.model(*given)
+        else:
+            with torch.autocast(x.device.type, self.amp):
+                F_x = self.model(*given)
+        F_x, *head = F_x.to(x.dtype).split(x.shape[1], dim=1)
         return c_skip * x + c_out * F_x, head[0] if head else None
 
 
@@ -199,14 +207,14 @@ class Block(nn.Module):
 # ---- Networks ------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
-    """Points: depth hidden layers of SiLU, x beside an embedding of c_noise (and label).  (B, d).
+    """Points: depth hidden layers, x beside an embedding of c_noise (and label).  (B, d).
 
     head: d more outputs, see Denoiser.  Needs: sinusoids, one_hot.
     """
 
-    def __init__(self, dim, width=128, depth=3, classes=0, head=False):
+    def __init__(self, dim, width=128, depth=3, classes=0, head=False, activation=F.silu):
         super().__init__()
-        self.width, self.classes = width, classes
+        self.width, self.classes, self.activation = width, classes, activation
         sizes = [dim + width + classes] + [width] * depth
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
         self.head = nn.Linear(width, dim) if head else None
@@ -217,7 +225,7 @@ class MLP(nn.Module):
         noise, label = sinusoids(c_noise, self.width).to(x), one_hot(labels, self.classes, x)
         h = torch.cat([x, noise, label], dim=1)                         # (B, d + width + classes)
         for layer in self.hidden:
-            h = F.silu(layer(h))
+            h = self.activation(layer(h))
         out = self.out(h)
         return out if self.head is None else torch.cat([out, self.head(h.detach())], dim=1)
 

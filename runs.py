@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets import BadInput, attempt, load_data, load_rows, picture
+from datasets import POINT_SETS, BadInput, attempt, load_data, load_rows, picture
 from losses import WEIGHTS
 from networks import MLP, UNETS, Denoiser, UNet, target_coefficients
 from samplers import (analytic_covariance, ddim, ddpm, edm_stochastic, euler, guidance, heun,
@@ -36,6 +37,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadInput(f"{message}; see --help")
+
+    def parse_args(self, *args):
+        given = super().parse_args(*args)
+        for name, value in vars(given).items():
+            if value == "":                        # --resume "$RUN" must not start another run
+                self.error(f"{name.replace('_', '-')} is empty, as a variable that was never set")
+        return given
 
 
 def status(text):
@@ -66,11 +74,68 @@ def multipliers(text):
     return text
 
 
+def lengths(text):
+    """A type for argparse: different whole numbers above 0, separated by commas."""
+    if not re.fullmatch(r"[1-9]\d{0,11}(,[1-9]\d{0,11})*", text) or \
+            len(set(text.split(","))) < len(text.split(",")):
+        raise ValueError(text)
+    return text
+
+
 def even(text):
     """A type for argparse: an even number of at least 4 (sines and cosines come in pairs)."""
     if int(text) < 4 or int(text) % 2:
         raise argparse.ArgumentTypeError(f"{text} is not an even number of at least 4")
     return int(text)
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
+# torchrun starts one process for each GPU, or several on CPUs; without it there is one, rank 0.
+
+def start_ranks():
+    """Joins torchrun's process group, if there is one."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def ranks():
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def total(x):
+    """The sum of the ranks' tensors x, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def agree(call):
+    """call() on every rank.  BadInput on one ends all; only the first of these says so."""
+    (rank, world), result, error = ranks(), None, None
+    try:
+        result = call()
+    except BadInput as bad:
+        error = bad
+    errors = [error and str(error)] * world
+    if world > 1:
+        dist.all_gather_object(errors, errors[0])
+    if any(errors):
+        if rank == errors.index(next(filter(None, errors))):
+            raise error
+        sys.exit(2)
+    return result
+
+
+def first(call):
+    """Rank 0's call(), told to all ranks."""
+    told = [agree(lambda: call() if ranks()[0] == 0 else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -126,6 +191,10 @@ def save_pictures(path, panels, names=()):
 
 # ---- Folders and checkpoints ---------------------------------------------------------------------
 
+SAVED = {"step": int, "options": dict, "model": dict, "ema": dict, "optimizer": dict,
+         "scaler": dict, "beta": object, "skipped": list, "best": float}       # in a checkpoint
+
+
 def new_run(out, name, root="runs"):
     """Makes the folder of a new run: `out`, or the next free root/NUMBER-name; returns its path."""
     if out is None:
@@ -165,32 +234,29 @@ def write_json(path, value):
     os.replace(f"{path}.part", path)
 
 
-def save_checkpoint(run, step, denoiser, ema, optimizer, options, tools):
-    """Plain tensors and JSON-able options, whole or not at all; the two newest are kept."""
-    state = dict(step=step, options=options, model=denoiser.state_dict(), ema=ema.state_dict(),
-                 optimizer=optimizer.state_dict(),
-                 beta=tools["beta"].sums if tools["beta"] else None)
-    path = os.path.join(run, f"checkpoint-{step:07d}.pt")
-    with open(path + ".part", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".part", path)
-    for old in checkpoints(run)[:-2]:
-        os.remove(old)
+def save_checkpoint(path, state):
+    """Plain tensors and JSON-able options, whole or not at all."""
+    def write():
+        with open(path + ".part", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".part", path)
+    attempt(path, "make room there, and go on with --resume", write)
 
 
 def load_checkpoint(run, device="cpu"):
-    """The newest checkpoint of a run: step, options, model, ema, optimizer.  Never unpickled."""
-    paths = checkpoints(run)
-    if not paths:
+    """A checkpoint, or the newest of a run, as train.py's `train` saved it.  Never unpickled."""
+    path = run if os.path.isfile(run) else (checkpoints(run) or [None])[-1]
+    if path is None:
         raise BadInput(f"{run} has no checkpoint; name a folder that train.py made")
     try:
-        state = torch.load(paths[-1], map_location=device, weights_only=True)
-        state["step"], state["options"], state["model"], state["ema"], state["optimizer"]
+        state = attempt(path, "", torch.load, path, map_location=device, weights_only=True)
+        if not all(isinstance(state[name], kind) for name, kind in SAVED.items()):
+            raise TypeError
     except Exception as error:      # torch's own text runs over lines and advises to unpickle
-        raise BadInput(f"{paths[-1]} is damaged, or no checkpoint of train.py; remove it, and "
-                       "the one before it is used") from error
+        raise BadInput(f"{path} is damaged, or no checkpoint of train.py; name another, or move it "
+                       "away, and the one before it is used") from error
     return state
 
 
@@ -207,18 +273,19 @@ def build_denoiser(options):
     channels, *size = options["shape"]
     classes = len(options["classes"])
     if options["arch"] == "mlp":
-        model = MLP(channels, options["width"] or 128, options["blocks"] or 3, classes,
-                    options["head"] != "none")
+        build = partial(MLP, channels, options["width"] or 128, options["blocks"] or 3, classes,
+                        options["head"] != "none")
     else:
         given = {key: options[key] for key in ("width", "blocks") if options[key]}
-        if options["mult"]:
-            given["mult"] = tuple(int(m) for m in options["mult"].split(","))
+        given |= {key: tuple(int(m) for m in options[key].split(","))
+                  for key in ("mult", "attend") if options[key]}
         given = UNETS[options["arch"]] | given
-        what = f"--arch {options['arch']} at {size[0]}x{size[0]}"
-        model = attempt(what, "choose another --size or --mult", lambda: UNet(
-            size[0], channels, dropout=options["dropout"], classes=classes,
+        build = partial(
+            UNet, size[0], channels, dropout=options["dropout"], classes=classes,
             label_dropout=options["label-dropout"], augment_dim=9 if options["augment"] else 0,
-            head=options["head"] != "none", **given))
+            head=options["head"] != "none", **given)
+    model = attempt(f"--arch {options['arch']} for shape {options['shape']}",
+                    "choose another --size, --width or --mult", build)
     return Denoiser(model, partial(precondition, options["target"], build_schedule(options)))
 
 
@@ -254,11 +321,18 @@ def loss_weight(options):
 
 
 def load_run(run, device="cpu", weights="ema"):
-    """A run's denoiser in eval mode, its options, and the step of its newest checkpoint."""
+    """A run's denoiser in eval mode, its options, and the step of its newest checkpoint.
+
+    weights: "raw", "ema" (the first of --ema's averages), or another of these by its half-life.
+    """
     state = load_checkpoint(run, device)
-    denoiser = build_denoiser(state["options"]).to(device).eval()
-    load_weights(denoiser, state["ema" if weights == "ema" else "model"], run)
-    return denoiser, state["options"], state["step"]
+    options, averages = state["options"], state["ema"]
+    denoiser = attempt(f"the options of {run}", "name another run", build_denoiser, options)
+    name = next(iter(averages), None) if weights == "ema" else weights
+    if name != "raw" and name not in averages:
+        raise BadInput(f"--weights {weights}: choose raw, ema or one of {', '.join(averages)}")
+    load_weights(denoiser, state["model"] if name == "raw" else averages[name], run)
+    return denoiser.to(device).eval(), options, state["step"]
 
 
 def pick_device(name):
@@ -267,6 +341,42 @@ def pick_device(name):
     attempt(f"--device {name}", "choose cpu or, where there is a GPU, cuda", torch.zeros, 1,
             device=name)
     return name
+
+
+# ---- Data of a run -------------------------------------------------------------------------------
+
+def run_data(options):
+    """The data that a run was trained on; BadInput if it has changed."""
+    data = load_data(options["data"], options["data-dir"], options["size"])
+    if data.fingerprint != options["fingerprint"]:
+        raise BadInput(f"the run was trained on other data than {data.source}; give it back what "
+                       "it had")
+    return data
+
+
+def on_device(data, device):
+    """The rows and labels as tensors, on a GPU if a quarter of its free memory has room."""
+    pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
+    if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        pixels = pixels.to(device)
+    return pixels, None if labels is None else torch.from_numpy(labels)
+
+
+def held_out(data, options, count=None):
+    """(x0, labels) that training does not see, on the device; 64 images or 1000 points by default.
+
+    Fresh draws of a set that is drawn here, else every `holdout`-th row; training rows where that
+    option is 0, or beyond the size of the set.
+    """
+    count, k = count or (64 if data.x.ndim == 4 else 1000), options["holdout"]
+    if options["data"] in ("digits", *POINT_SETS):
+        data = load_data(options["data"], options["data-dir"], options["size"], fresh=count)
+        k = 0
+    N = len(data.x)
+    rows = torch.arange(k - 1, N, k) if 0 < k <= N else torch.arange(N)
+    rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
+    labels = torch.from_numpy(data.labels)[rows].to(options["device"]) if options["cond"] else None
+    return load_rows(torch.from_numpy(np.asarray(data.x)), rows, None, options["device"]), labels
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -340,7 +450,8 @@ def analytic_moments(run, denoiser, options, step, weights="ema", device="cpu", 
     of |eps_hat|^2 only what it differs from |eps|^2 by: sigma^2 (1 - Gamma) would else be nothing
     but noise at large sigma.
     """
-    path = os.path.join(run, f"analytic-{weights}-{step:07d}.json")
+    folder = os.path.dirname(run) if os.path.isfile(run) else run
+    path = os.path.join(folder, f"analytic-{weights}-{step:07d}.json")
     if not os.path.exists(path):
         data = run_data(options)
         g = torch.Generator().manual_seed(options["seed"])
@@ -358,17 +469,11 @@ def analytic_moments(run, denoiser, options, step, weights="ema", device="cpu", 
             difference = ((x - D) / sigma).double() ** 2 - noise.double() ** 2
             moments.append(1 + difference.mean().item())
         write_json(path, dict(levels=levels, moments=moments, images=count))
-    stored = json.loads(Path(path).read_text())
-    return stored["levels"], stored["moments"]
 
-
-def run_data(options):
-    """The data that a run was trained on; BadInput if it has changed."""
-    data = load_data(options["data"], options["data-dir"], options["size"])
-    if data.fingerprint != options["fingerprint"]:
-        raise BadInput(f"the run was trained on other data than {data.source}; give it back what "
-                       "it had")
-    return data
+    def read():
+        stored = json.loads(Path(path).read_text())
+        return tuple([*map(float, stored[name])] for name in ("levels", "moments"))
+    return attempt(path, "delete it, and it is measured again", read)
 
 
 class Counted:
@@ -397,9 +502,9 @@ def save_samples(run, step, denoiser, ema, options, data):
     labels = labels.sort().values if names else labels                # a row for each class
     panels = [("data", data.x[:count])] if points else []
     for name, model in [("raw weights", denoiser), ("averaged weights (EMA)", ema)]:
-        x = generate(model.eval(), range(count), options["shape"], "heun",
-                              build_schedule(options), options["sample-steps"], labels,
-                              batch=count if points else 64, device=options["device"])
+        x = generate(model.eval(), range(count), options["shape"], "heun", build_schedule(options),
+                     options["sample-steps"], labels, batch=count if points else 64,
+                     device=options["device"])
         panels.append((f"step {step}, {name}", to_uint8(x)))
     save_pictures(os.path.join(run, f"samples-{step:07d}.png"), panels, names)
 
@@ -409,40 +514,62 @@ def save_samples(run, step, denoiser, ema, options, data):
 class Log:
     """log.jsonl, a line per step, and one status line on the terminal, at most once a second.
 
-    Losses wait on the device until then: reading one out makes the host wait for the GPU.
+    Losses wait on the device until then: reading one out makes the host wait for the GPU.  Every
+    rank reads the same ones, and stops after ten steps in a row that had to be skipped; the first
+    writes.  skipped: how many were, and how many of these in a row up to now.
     """
 
-    def __init__(self, run, step, options):
-        self.path, self.options, self.waiting = os.path.join(run, "log.jsonl"), options, []
+    def __init__(self, run, options, step, skipped):
+        self.run, self.options, self.waiting = run, options, []
+        self.path = os.path.join(run, "log.jsonl") if ranks()[0] == 0 else os.devnull
         self.start = self.last = time.time()
-        self.first, self.mean = step, None
-        lines = open(self.path).read().splitlines() if os.path.exists(self.path) else []
-        with open(self.path, "w") as f:         # what a killed run logged past its checkpoint goes
-            f.writelines(line + "\n" for line in lines
-                         if line.endswith("}") and json.loads(line)["step"] <= step)
+        self.begin, self.mean, self.skipped = step, None, list(skipped)
 
-    def step(self, step, loss, norm):
-        self.waiting.append((step, loss.detach(), norm))
+        def kept():                             # what a killed run logged past its checkpoint goes
+            lines = Path(self.path).read_text().splitlines() if os.path.exists(self.path) else []
+            return [line + "\n" for line in lines
+                    if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = attempt(self.path, "mend it, or move it away", kept)       # before it is overwritten
+        with open(self.path, "w") as f:
+            f.writelines(kept)
+
+    def step(self, step, loss, norm, sigma):
+        """loss (B,), norm (), sigma (B, 1, ..), or sa's (K, B, ..): of them, what went wrong."""
+        bad = ~loss.isfinite()
+        bad = bad | (~norm.isfinite() & ~bad.any())     # the gradient alone: any sample's
+        sigma = sigma.flatten()[:len(loss)]
+        low, high = torch.where(bad, sigma, torch.inf).min(), torch.where(bad, sigma, 0).max()
+        self.waiting.append((step, torch.stack([loss.mean(), norm, low, high])))
         if time.time() - self.last > (1 if sys.stdout.isatty() else 15):
             self.flush()
 
     def flush(self):
         if not self.waiting:
             return
-        values = torch.stack([torch.stack([l, n]) for _, l, n in self.waiting]).tolist()
-        with open(self.path, "a") as f:
-            for (step, _, _), (loss, norm) in zip(self.waiting, values):
-                f.write(json.dumps(dict(step=step, loss=loss, grad_norm=norm)) + "\n")
+        values = torch.stack([value for _, value in self.waiting]).tolist()
+        for (step, _), (loss, norm, low, high) in zip(self.waiting, values):
+            if high:
+                self.skipped = [self.skipped[0] + 1, self.skipped[1] + 1]
+                self.write(step, skipped=self.skipped[0], sigma=[low, high])
+            else:
+                self.skipped[1] = 0
+                self.write(step, loss=loss, grad_norm=norm)
                 self.mean = loss if self.mean is None else 0.98 * self.mean + 0.02 * loss
+            if self.skipped[1] == 10:
+                raise BadInput(f"ten steps in a row up to {step} had no finite loss or gradient, "
+                               f"at noise levels {low:.3g} to {high:.3g}; try a smaller --lr; the "
+                               f"last good checkpoint: {(checkpoints(self.run) or ['none'])[-1]}")
         step, self.waiting, self.last = self.waiting[-1][0], [], time.time()
-        if not np.isfinite(self.mean):
-            raise BadInput(f"the loss is not finite at step {step}; try a smaller --lr; "
-                           "--resume goes on from the last checkpoint, where there is one")
-        pace = (self.last - self.start) / (step - self.first)
+        pace = (self.last - self.start) / (step - self.begin)
         left = int(pace * (self.options["steps"] - step))
-        status(f"step {step}/{self.options['steps']}  loss {self.mean:.4f}  "
-                        f"{self.options['batch'] / pace:.0f} samples/s  "
-                        f"{left // 60}:{left % 60:02d} left")
+        status(f"step {step}/{self.options['steps']}  loss {self.mean or math.nan:.4f}  "
+               + f"{self.skipped[0]} skipped  " * bool(self.skipped[0]) +
+               f"{self.options['batch'] / pace:.0f} samples/s  "
+               f"{left // 60}:{left % 60:02d} left")
+
+    def write(self, step, **values):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(dict(step=step, **values)) + "\n")
 
     def close(self):
         self.flush()

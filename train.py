@@ -11,26 +11,65 @@ is killed and resumed is the run that was not, and two losses can be compared on
 """
 
 import argparse
+import contextlib
 import copy
+import io
+import json
+import math
 import os
+import re
+import signal
 import sys
 import time
-from functools import partial
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evaluate
+import papers
 import runs
-from datasets import BadInput, load_data, load_rows
-from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
-                    augmented_stf_target, draw_augmentation, dsm_loss, head_loss, interpolate,
-                    mean_correction, measure_gamma, path_noise, sa_loss, sa_tau, stf_atoms,
-                    stf_loss, stf_target, stf_taylor_terms, taylor_terms)
+from datasets import BadInput, load_data
+from losses import WEIGHTS
 from networks import UNETS
-from runs import Log, even, multipliers, number, save_checkpoint, save_samples
+from objectives import backward, build_tools, cost, draw_batch, update, update_beta, update_ema
+from runs import Log, even, lengths, multipliers, number, ranks, save_samples
 from schedules import SCHEDULES
+
+
+# ---- Presets -------------------------------------------------------------------------------------
+
+SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema="887000", dropout=0.1,
+                 xflip=True)
+KARRAS = {"augment": 0.12, "batch": 512, "lr": 1e-3, "warmup": 19_531, "steps": 390_625,
+          "dropout": 0.13, "ema": "500000"}
+FFHQ = KARRAS | {"size": 64, "mult": "1,2,2,2", "augment": 0.15, "batch": 256, "lr": 2e-4,
+                 "warmup": 39_063, "steps": 781_250, "dropout": 0.05}
+
+PRESETS = {   # the papers' runs: (options beside the defaults, how samples are drawn, what differs)
+    "digits": ({}, "heun 12 steps", "the default"),
+    "toys": ({"data": "checkerboard"}, "heun 18 steps", "points"),
+    "mnist": ({"data": "mnist", "width": 64, "steps": 20_000}, "heun 18 steps", "our choice"),
+    "cifar10-edm-vp": ({"data": "cifar10"} | KARRAS, "heun 18 steps", "EDM config F; with STF"),
+    "cifar10-edm-ve": ({"data": "cifar10", "arch": "ncsnpp"} | KARRAS, "heun 18 steps",
+                       "EDM config F; with STF"),
+    "cifar10-ve": ({"data": "cifar10", "arch": "ncsnpp", "schedule": "ve"} | SCORE_SDE,
+                   "rk45, or pc 1000 steps", "STF; 4 blocks a level, EDM's NCSN++"),
+    "cifar10-vp": ({"data": "cifar10", "schedule": "vp"} | SCORE_SDE, "rk45, or ddim 100 steps",
+                   "STF; 4 blocks a level, EDM's DDPM++"),
+    "cifar10-ddpm": ({"data": "cifar10", "loss": "sa", "schedule": "ddpm", "mult": "1,2,2,2",
+                      "blocks": 2} | SCORE_SDE | {"steps": 500_000}, "ddim, ddpm 10 to 1000 steps",
+                     "SA-2; DDPM++'s blocks for DDPM's, steps not stated"),
+    "celeba64-ve": ({"size": 64, "arch": "ncsnpp", "mult": "1,2,2,2", "schedule": "ve",
+                     "ref-batch": 1024} | SCORE_SDE, "rk45, or pc 1000 steps", "STF; your --data"),
+    "ffhq64": (FFHQ, "heun 40 steps", "EDM config F; with STF; your --data"),
+    "imagenet64-adm": ({"size": 64, "arch": "adm", "cond": True, "batch": 4096, "lr": 1e-4,
+                        "warmup": 2441, "steps": 610_352, "dropout": 0.1, "ema": "50000000"},
+                       "edm-stochastic 256 steps, churn 40", "EDM; with STF; your --data"),
+    "ffhq256-adm": ({"size": 256, "arch": "adm", "width": 128, "mult": "1,1,2,2,4,4", "blocks": 1,
+                     "attend": "16", "loss": "dsm", "weight": "debias", "schedule": "ddpm",
+                     "batch": 8, "lr": 2e-5, "warmup": 0, "steps": 500_000, "ema": "55400"},
+                    "ddpm 1000 steps", "Debias; your --data"),
+}
 
 
 # ---- Options -------------------------------------------------------------------------------------
@@ -42,6 +81,8 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
              "cifar10, mnist, or a path: folder of images (sub-folder = class), .zip, .npz, .npy"),
     "data-dir": (str, "data", "where downloads and caches lie"),
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
+    "holdout": (INDEX, (0, 0, 100), "every HOLDOUT-th row is kept from training, for the error on "
+                "held-out rows; built-in sets draw fresh ones instead"),
     "cond": (bool, (True, False, False), "class-conditional"),
     "xflip": (bool, False, "mirror each image with probability 1/2"),
     "augment": (SHARE, 0.0, "probability of each of EDM's geometric transforms, as in .12"),
@@ -77,6 +118,7 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "width": (even, (None, 128, None), "channels at the first level; none: the arch's own"),
     "mult": (multipliers, None, "width multipliers of the levels, as in 1,2,2; none: the arch's"),
     "blocks": (COUNT, None, "blocks per level; none: the arch's own"),
+    "attend": (multipliers, None, "resolutions with attention, as in 16,8; none: the arch's"),
     "dropout": (SHARE, 0.0, "of the network's activations"),
     "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
     "steps": (COUNT, (750, 3000, 100_000), "training steps"),
@@ -87,21 +129,38 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "beta2": (SHARE, (0.99, 0.99, 0.999), "AdamW's memory of squared gradients"),
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
     "clip": (number(float, 1e-9), 1.0, "limit on the gradient's norm"),
-    "ema": (COUNT, (2000, 20_000, 500_000), "half-life of the weight average, in images"),
-    "ema-rampup": (SHARE, 0.05, "the half-life is at most this share of the images seen"),
+    "ema": (lengths, ("2000", "20000", "500000"), "half-lives of the weight averages, in images, "
+            "as in 500000,50000; samples are of the first"),
+    "ema-rampup": (SHARE, 0.05, "a half-life is at most this share of the images seen"),
+    "amp": (["auto", "none", "bf16", "fp16"], "auto", "precision of the network alone; auto: bf16 "
+            "on GPUs that have it"),
+    "compile": (bool, False, "torch.compile the network"),
+    "micro-batch": (COUNT, None, "samples a rank has in memory at a time; none: its whole share"),
     "seed": (number(int, 0, 2 ** 32 - 1), 0, "of the whole run"),
     "device": (str, None, "none: cuda where there is one, else cpu"),
     "out": (str, None, "the run's folder; none: runs/NUMBER-DATA-LOSS"),
+    "eval-every": (INDEX, (250, 1000, 5000), "steps between the errors on held-out rows and frozen "
+                   "noise; 0: never"),
+    "fid-every": (INDEX, 0, "steps between Frechet distances, of which the best checkpoint is kept;"
+                  " 0: never"),
+    "fid-num": (number(int, 2), (500, 4000, 2048), "samples of each"),
+    "fid-features": (["pixels", "inception"], "pixels", "of what"),
+    "inception": (str, None, "Inception's weights for these; none: downloaded"),
     "sample-every": (INDEX, (0, 0, 5000), "steps between sample grids; 0: only at the end"),
     "sample-steps": (COUNT, (12, 18, 18), "Heun steps of the grids"),
     "checkpoint-every": (COUNT, (100, 500, 1000), "steps between checkpoints"),
+    "keep": (COUNT, 2, "checkpoints kept, beside the best one of --fid-every"),
 }
-MAY_CHANGE = {"steps", "device", "sample-every", "sample-steps", "checkpoint-every"}   # in --resume
+MAY_CHANGE = {"steps", "device", "compile", "micro-batch", "eval-every", "fid-every", "fid-num",
+              "fid-features", "inception", "sample-every", "sample-steps", "checkpoint-every",
+              "keep"}                                                          # in --resume
 KINDS = ("digits", "points", "images")
 BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",), "tau": ("sa",),
            "level-noise": ("sa",), "order": ("taylor", "stf-taylor"), "control": ("stf-taylor",),
            "trace": ("taylor", "stf-taylor"), "switch-sigma": ("stf-taylor",),
            "atoms": ("stf-taylor",)}
+ALL = ("dsm,dsm:batch=32,antithetic,stf,stf:no-mean-correction,sa,sa:level-noise=path,"
+       "dsm:weight=debias,taylor,stf-taylor")
 
 
 def parser():
@@ -118,8 +177,16 @@ def parser():
             words = {"int": "N", "even": "N", "float": "X"}
             how = dict(type=kind, metavar=words.get(kind.__name__, name.upper()))
         p.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
+    p.add_argument("--preset", choices=[*PRESETS, "list"], help="a paper's run; what is given "
+                   "beside it comes first; list: print them all")
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    f"with the newest one; may change: {', '.join(sorted(MAY_CHANGE))}")
+    p.add_argument("--compare", metavar="A,B,..", help="train several objectives alike and print a "
+                   "table: dsm, stf, .., with own options as in stf:ref-batch=256; or all: "
+                   f"{ALL}")
+    p.add_argument("--equal", choices=["calls", "time", "steps"], default="calls", help="what the "
+                   "objectives of --compare have the same of: calls of the network (default), ..")
+    p.add_argument("--seeds", type=COUNT, default=2, help="runs of each in --compare (default: 2)")
     p.add_argument("--dry-run", action="store_true", help="print every resolved option and exit")
     return p
 
@@ -132,7 +199,11 @@ def resolve(given, data):
         default = default[kind] if isinstance(default, tuple) else default
         options[name] = default if given[name] is None else given[name]
     options["device"] = runs.pick_device(options["device"])
-    options["ref-batch"] = max(min(options["ref-batch"], len(data.x)), options["batch"])
+    count = len(data.x) - (len(data.x) // options["holdout"] if options["holdout"] else 0)
+    options["ref-batch"] = max(min(options["ref-batch"], count), options["batch"])
+    if options["amp"] == "auto":
+        bf16 = options["device"].startswith("cuda") and torch.cuda.is_bf16_supported()
+        options["amp"] = "bf16" if bf16 else "none"
     options["shape"] = list(data.x.shape[1:])
     options["classes"] = data.classes if options["cond"] else []
     options["fingerprint"] = data.fingerprint
@@ -161,6 +232,8 @@ def resolve(given, data):
          "variance to the noise's; train the head afterwards, with --init RUN"),
         (head and options["loss"] == "sa", "--head is trained at one noise level at a time; choose "
          "another --loss than sa"),
+        (options["holdout"] == 1, "--holdout 1 would leave nothing to train on"),
+        (options["batch"] < ranks()[1], f"--batch is less than the {ranks()[1]} ranks"),
         (options["augment"] and kind == 1, "--augment: its transforms are for images"),
         (options["cond"] and data.labels is None, f"--cond: {data.name} has no labels"),
         ((options["arch"] == "mlp") != (kind == 1), "--arch mlp is for points, and only that is; "
@@ -187,8 +260,8 @@ def inherit(given, stored):
 
 def resume(given, stored, data, run):
     """The options of the run that goes on; what was given may differ from them in little."""
-    differ = [f"--{name} {value} (was {stored[name]})" for name, value in given.items()
-              if value is not None and name not in MAY_CHANGE and value != stored[name]]
+    differ = [f"--{name} {given[name]} (was {stored[name]})" for name in OPTIONS
+              if given[name] not in (None, stored[name]) and name not in MAY_CHANGE]
     if differ:
         raise BadInput(f"--resume {run}: cannot change {', '.join(differ)}; start a new run")
     if data.fingerprint != stored["fingerprint"]:
@@ -198,271 +271,211 @@ def resume(given, stored, data, run):
     return options | {"device": runs.pick_device(options["device"])}
 
 
-# ---- Batches -------------------------------------------------------------------------------------
-
-def generator(seed, step, stream, device="cpu"):
-    """A generator that is a function of its arguments.
-
-    torch's CPU generator keeps 32 bits of its seed: (seed << 32) + step would forget the seed.
-    """
-    return torch.Generator(device).manual_seed((seed * 0x9E3779B1 + 4 * step + stream) % 2 ** 32)
-
-
-def draw_batch(pixels, labels, options, schedule, step):
-    """The batch of a step: a dict of what the objective needs.
-
-    reference (n, ...) are rows without repetition (but where the batch exceeds the data), and its
-    first B the sources of x0: so --ref-batch N is the whole set, and each x0 is as likely to be any
-    row of its reference, which keeps STF unbiased.  x0 (B, ...) are the sources, augmented by
-    a (B, 8) if asked for.
-    """
-    B, N, device, K = options["batch"], len(pixels), options["device"], options["K"]
-    n = options["ref-batch"] if "stf" in options["loss"] else B
-    g = generator(options["seed"], step, 0)
-    rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
-    u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
-    flip = torch.rand(n, generator=g) < 0.5 if options["xflip"] else None
-    if options["sigma-draw"] == "stratified":
-        u = (torch.arange(B) + u) / B
-    elif options["sigma-draw"] == "antithetic":
-        u = torch.cat([u[:(B + 1) // 2], 1 - u[:B // 2]])
-    sigma = schedule.training_sigma(u)                                            # (B,)
-
-    reference = load_rows(pixels, rows, flip, device)                             # (n, ...)
-    label = labels[rows].to(device) if options["cond"] else None
-    batch = dict(reference=reference, reference_labels=label, source=reference[:B],
-                 x0=reference[:B], labels=None if label is None else label[:B], a=None,
-                 uniform=torch.rand(B, generator=g).to(device))
-    if options["augment"]:
-        g = generator(options["seed"], step, 2)
-        batch["a"] = draw_augmentation(B, options["augment"], g).to(device)       # (B, 8)
-        batch["x0"] = augment(batch["x0"], batch["a"])
-    if options["loss"] == "stf-taylor":
-        low = sigma < options["switch-sigma"]
-        batch["low"], batch["high"] = (on.nonzero().flatten().to(device) for on in (low, ~low))
-    shape = batch["x0"].shape
-    if options["loss"] == "sa":
-        ladder = ladder_of(schedule)                                              # (T,)
-        t = torch.searchsorted(ladder, sigma).clamp(max=len(ladder) - 1) + 1      # (B,)
-        levels = t - torch.arange(K)[:, None]                                     # (K, B)
-        sigma, shape = ladder[levels.clamp(min=1) - 1], (K, *shape)
-        batch["tau"] = sa_tau(ladder, t, K, options["tau"])
-    g = generator(options["seed"], step, 1, device)
-    batch["noise"] = torch.randn(shape, generator=g, device=device)               # (B, ...)
-    batch["probe"] = torch.randn(shape, generator=g, device=device).sign()
-    ones, batch["sigma"] = [1] * (reference.ndim - 1), sigma                       # (B, 1, ..., 1)
-    for name in {"sigma", "tau"} & set(batch):
-        batch[name] = batch[name].to(batch["noise"]).view(*sigma.shape, *ones)
-    if options["loss"] == "sa" and options["level-noise"] == "path":
-        batch["noise"] = path_noise(batch["noise"], batch["sigma"])
-    return batch
-
-
-def ladder_of(schedule):
-    """sigma_1 < ... < sigma_T: a discrete row's levels, or 1000 time steps of a continuous one."""
-    if hasattr(schedule, "levels"):
-        return schedule.levels.sort().values
-    return schedule.sigma(schedule.time_steps(1000)[:-1]).flip(0)
-
-
-def part(batch, rows):
-    """The batch of these samples alone, with the same reference."""
-    shared = ("reference", "reference_labels", "low", "high")
-    return {name: value if value is None or name in shared else value[rows]
-            for name, value in batch.items()}
-
-
-# ---- Objectives ----------------------------------------------------------------------------------
-
-def objective(options, denoiser, batch, tools):
-    """The loss of each sample, (B,), by --loss; --control switch puts low noise levels first."""
-    kind, denoise = options["loss"], bind(denoiser, batch)
-    common = denoise, batch["x0"], batch["noise"], batch["sigma"], tools["weight"]
-    if options["head"] != "none":
-        loss = head_loss(bind(denoiser.with_head, batch), *common[1:4], options["head"])
-        return loss if options["init"] else loss + objective(options | {"head": "none"}, denoiser,
-                                                             batch, tools)
-    if kind == "dsm":
-        return dsm_loss(*common)
-    if kind == "antithetic":
-        return antithetic_loss(*common)
-    if kind == "stf":
-        return stf_loss(*common, partial(stable_target, batch, tools))
-    if kind == "sa":
-        lam = {1: 0.0, 2: 1.0, 3: 0.3}.get(options["K"], 0.2)
-        return sa_loss(*common, batch["tau"], lam if options["lam"] is None else options["lam"])
-    if kind == "stf-taylor" and options["control"] == "switch":
-        groups = [("taylor", batch["low"]), ("stf", batch["high"])]
-        return torch.cat([objective(options | {"loss": loss}, denoiser, part(batch, rows), tools)
-                          for loss, rows in groups if len(rows)])
-    loss, control = control_terms(options, denoise, batch, tools)
-    return loss - tools["beta"](batch["sigma"]).flatten() * control
-
-
-def bind(denoiser, batch):
-    """denoise(x, sigma) for the batch's labels, of class and of augmentation."""
-    a = None if batch["a"] is None else augment_labels(batch["a"])
-    return partial(denoiser, labels=batch["labels"], augment_labels=a)
-
-
-def stable_target(batch, tools, x, sigma):
-    """STF's target of x, given the batch's reference, labels and augmentation."""
-    given = batch["reference"], batch["labels"], batch["reference_labels"]
-    correction = tools["correction"](batch) if tools["correction"] else torch.zeros_like(x)
-    if batch["a"] is None:
-        return stf_target(x, sigma, *given) - correction
-    target = augmented_stf_target(x, sigma, batch["reference"], batch["a"], *given[1:])
-    return target - augment(correction, batch["a"])
-
-
-def control_terms(options, denoise, batch, tools):
-    """The loss and its Taylor control, (B,) each."""
-    common = (denoise, batch["x0"], batch["noise"], batch["sigma"], tools["weight"],
-              tools["c_skip"])
-    if options["loss"] == "stf-taylor" and options["control"] == "atoms":
-        def atoms(x, sigma):
-            y, mass, target = stf_atoms(x, sigma, batch["reference"], batch["uniform"],
-                                        min(options["atoms"], len(batch["reference"])),
-                                        batch["labels"], batch["reference_labels"])
-            return y, mass, target - (tools["correction"](batch) if tools["correction"] else 0)
-        return stf_taylor_terms(*common, atoms)
-    probe = batch["probe"] if options["trace"] == "hutchinson" else None
-    if options["order"] == 0:
-        return taylor_terms(*common)
-    with sdpa_kernel(SDPBackend.MATH):              # the one attention with second derivatives
-        return taylor_terms(*common, options["order"], probe)
-
-
-def update_beta(options, denoiser, batch, tools, step):
-    """The control's coefficient for later steps, from the last layer's gradients of 16 samples."""
-    m = min(16, options["batch"])
-    g = generator(options["seed"], step, 3, options["device"])
-    small = part(batch, torch.arange(m, device=options["device"]))
-    u = torch.rand(small["sigma"].shape, generator=g, device=options["device"])
-    u = (torch.arange(m, device=options["device"]).view_as(u) + u) / m
-    small["sigma"] = 0.002 * 500 ** u                                             # up to 1
-    small["noise"] = torch.randn(small["x0"].shape, generator=g, device=options["device"])
-    loss, control = control_terms(options, bind(denoiser, small), small, tools)
-    tools["beta"].update(small["sigma"], loss, control, list(denoiser.parameters())[-2:])
-
-
-def build_tools(pixels, labels, options):
-    """What a run's objective needs besides the batch; None where the loss has no use for it.
-
-    A reference that is the whole set needs no correction: its mean is the data's.
-    """
-    schedule, stable = runs.build_schedule(options), "stf" in options["loss"]
-    return dict(
-        weight=runs.loss_weight(options),
-        c_skip=lambda sigma: runs.precondition(options["target"], schedule, sigma)[0],
-        beta=RunningBeta(device=options["device"]) if "taylor" in options["loss"] else None,
-        correction=build_correction(pixels, labels, options)
-        if stable and options["mean-correction"] and options["ref-batch"] < len(pixels) else None)
-
-
-def build_correction(pixels, labels, options):
-    """correction(batch) -> (B, ...): mean_correction, with what it needs to know of the data.
-
-    Once a run: the data's sums by class, and gamma from a reference of the run's size.
-    """
-    N, device, n = len(pixels), options["device"], options["ref-batch"]
-    key = labels + 1 if options["cond"] else torch.zeros(N, dtype=torch.int64)    # 0: no class
-    mirror = (lambda x: (x + x.flip(-1)) / 2) if options["xflip"] else (lambda x: x)
-    load = lambda rows: mirror(load_rows(pixels, rows, None, device))
-    count = torch.bincount(key).to(device).view(-1, *[1] * (pixels.ndim - 1))
-    total = torch.zeros(len(count), *pixels.shape[1:], dtype=torch.float64, device=device)
-    for rows in torch.arange(N).split(4096):
-        total.index_add_(0, key[rows].to(device), load(rows).double())
-
-    m = min(128, n)
-    rows = torch.randperm(N, generator=generator(options["seed"], 0, 3))[:n]
-    reference = load_rows(pixels, rows, None, device)                             # (n, ...)
-    x0, classes = reference[:m], ()
-    if options["cond"]:
-        classes = labels[rows[:m]].to(device), labels[rows].to(device)
-    noise = torch.randn(x0.shape, generator=generator(options["seed"], 0, 3)).to(device)
-    levels = torch.logspace(-2, 2, 17).to(device)
-    gamma = interpolate(levels, measure_gamma(x0, noise, levels, reference, *classes))
-
-    def correction(batch):
-        k = 0 if batch["labels"] is None else batch["labels"] + 1
-        mu = (total[k] - mirror(batch["source"])) / (count[k] - 1).clamp(min=1)
-        return mean_correction(batch["source"], batch["sigma"], batch["reference"],
-                               mu.to(batch["source"]), gamma, batch["labels"],
-                               batch["reference_labels"])
-    return correction
-
-
 # ---- Training ------------------------------------------------------------------------------------
 
-def train(options, data, run, state, denoiser, ema):
-    """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder."""
-    device, B = options["device"], options["batch"]
-    schedule = runs.build_schedule(options)
-    pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
-    labels = None if labels is None else torch.from_numpy(labels)
-    if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        pixels = pixels.to(device)
+def train(options, data, run, state, denoiser, emas, real):
+    """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder.
+
+    True when they are done; False when a signal ended it early, after a checkpoint.
+    """
+    device, schedule = options["device"], runs.build_schedule(options)
+    pixels, labels = runs.on_device(data, device)
     frozen = options["head"] != "none" and options["init"]
     learned = denoiser.requires_grad_(False).model.head.requires_grad_() if frozen else denoiser
-    optimizer = torch.optim.AdamW(learned.parameters(), betas=(0.9, options["beta2"]), fused=True,
+    parameters, tools = list(learned.parameters()), build_tools(pixels, labels, options)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, options["beta2"]), fused=True,
                                   weight_decay=options["weight-decay"])
+    scaler = torch.amp.GradScaler(device, enabled=options["amp"] == "fp16")
     if state["optimizer"]:
         optimizer.load_state_dict(state["optimizer"])
-    log = Log(run, state["step"], options)
-    tools = build_tools(pixels, labels, options)
+        scaler.load_state_dict(state["scaler"])
     if tools["beta"] and state["beta"] is not None:
         tools["beta"].sums = state["beta"]
+    held, best = runs.held_out(data, options), state["best"]
+    log = Log(run, options, state["step"], state["skipped"])
 
-    denoiser.train(not frozen)
-    for step in range(state["step"], options["steps"]):
-        torch.manual_seed(options["seed"] + step)       # dropout, too, is a function of the step
-        batch = draw_batch(pixels, labels, options, schedule, step)
-        loss = objective(options, denoiser, batch, tools)                         # (B,)
-
-        optimizer.param_groups[0]["lr"] = learning_rate(options, step)
-        loss.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), options["clip"])
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, denoiser, options, (step + 1) * B)
-        if tools["beta"] and step % 25 == 0:
-            update_beta(options, denoiser, batch, tools, step)
-
-        log.step(step + 1, loss.mean(), norm)
-        last = step + 1 == options["steps"]
-        if last or (step + 1) % options["checkpoint-every"] == 0:
-            log.flush()
-            save_checkpoint(run, step + 1, denoiser, ema, optimizer, options, tools)
-        if last or (options["sample-every"] and (step + 1) % options["sample-every"] == 0):
-            log.flush()
-            save_samples(run, step + 1, denoiser, ema, options, data)
+    with Signals() as signals:
+        for step in range(state["step"], options["steps"]):
             denoiser.train(not frozen)
+            batch = draw_batch(pixels, labels, options, schedule, step)
+            loss = backward(options, denoiser, batch, tools, scaler, step)        # (B,)
+            norm = update(options, optimizer, scaler, parameters, step, loss)
+            for half_life, ema in emas.items():
+                update_ema(ema, denoiser, int(half_life), options, (step + 1) * options["batch"])
+            if tools["beta"] and step % 25 == 0:
+                update_beta(options, denoiser, batch, tools, step)
+            log.step(step + 1, loss, norm, batch["sigma"])
+
+            done, stop = step + 1 == options["steps"], signals.asked()
+            due = lambda name: options[name] and (done or (step + 1) % options[name] == 0)
+            if done or stop or due("eval-every") or due("fid-every") or due("checkpoint-every"):
+                log.flush()
+            if due("eval-every"):
+                log.write(step + 1, **held_out_error(denoiser, emas, held))
+            improved = False
+            if due("fid-every"):
+                name, distance, floor = evaluate.run_distance(ema_of(emas), options, *real)
+                log.write(step + 1, **{name: distance}, floor=None if math.isnan(floor) else floor)
+                improved, best = distance < best, min(best, distance)
+            if done or stop or improved or due("checkpoint-every"):
+                save(run, options, dict(
+                    step=step + 1, options=options, model=denoiser.state_dict(),
+                    ema={name: ema.state_dict() for name, ema in emas.items()},
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best,
+                    beta=tools["beta"].sums if tools["beta"] else None, skipped=log.skipped),
+                    improved)
+            if due("sample-every") and not done and ranks()[0] == 0:
+                save_samples(run, step + 1, denoiser, ema_of(emas), options, data)
+            if stop:
+                break
     log.close()
+    return done
 
 
-def learning_rate(options, step):
-    """Linear warm-up over `warmup` steps; linear fall to 0 over the last share `decay` of all."""
-    rise = min(1, (step + 1) / max(options["warmup"], 1))
-    left = (options["steps"] - step) / max(options["decay"] * options["steps"], 1)
-    return options["lr"] * rise * min(1, left)
+def real_ones(options, data):
+    """What evaluate.run_distance compares with: count, features, the data's statistics."""
+    features = evaluate.extractor(options["fid-features"], options["shape"], options["inception"],
+                                  options["data-dir"], options["device"])
+    num = options["fid-num"]
+    return num, features, evaluate.real_statistics(data, num, features, most=50_000)[0]
 
 
-@torch.no_grad()
-def update_ema(ema, denoiser, options, images):
-    """ema <- beta ema + (1 - beta) weights,  beta = 1/2^(batch/half-life)   (EDM's ramp-up)."""
-    half_life = min(options["ema"], options["ema-rampup"] * images)
-    beta = 0.5 ** (options["batch"] / max(half_life, 1e-8))
-    for average, weight in zip(ema.parameters(), denoiser.parameters()):
-        average.lerp_(weight, 1 - beta)
+def held_out_error(denoiser, emas, held):
+    """What a log line says of it: E|D - x0|^2/d at each noise level, raw and averaged weights."""
+    error = {name: evaluate.denoising_error(model.eval(), *held)
+             for name, model in [("raw", denoiser), ("ema", ema_of(emas))]}
+    return dict(levels=evaluate.LEVELS, held_out=error)
+
+
+def ema_of(emas):
+    """The first of the averages, which samples and distances are of."""
+    return next(iter(emas.values()))
+
+
+def save(run, options, state, improved):
+    """The checkpoint of this step, as the best one, too, if it improved; drops old ones."""
+    if ranks()[0] == 0:
+        runs.save_checkpoint(f"{run}/checkpoint-{state['step']:07d}.pt", state)
+        if improved:
+            runs.save_checkpoint(f"{run}/best.pt", state)
+        for old in runs.checkpoints(run)[:-options["keep"]]:
+            os.remove(old)
+
+
+class Signals:
+    """Within it, the first SIGINT or SIGTERM asks for the end of the step, a second one stops."""
+
+    def __enter__(self):
+        self.got = False
+        self.old = {s: signal.signal(s, self.take) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for name, handler in self.old.items():
+            signal.signal(name, handler)
+
+    def take(self, name, frame):
+        if self.got:
+            raise KeyboardInterrupt
+        self.got = True
+
+    def asked(self):
+        """Whether any rank got one: a word among the hosts, no wait for a GPU."""
+        return runs.total(torch.tensor(float(self.got))).item() > 0
+
+
+# ---- Comparison ----------------------------------------------------------------------------------
+
+COMPARED, NFE = (0.1, 0.5, 2.0, 10.0), (11, 23, 47)            # noise levels, and calls by Heun
+
+
+def compare(given, names, equal, seeds):
+    """Trains each objective `seeds` times from the same weights, on the same data and noise; prints
+    their errors on held-out rows and frozen noise, and their distances to the data, as a table.
+
+    All have as many calls of the network, as much time, or as many steps as the first.
+    """
+    data = load_data(*(given[name] or OPTIONS[name][1] for name in ("data", "data-dir", "size")))
+    plans = [(name, resolve(variant(name, given), data)) for name in names]       # all, before any
+    costs = [cost(options, data, equal) for _, options in plans]
+    folder, table, curves = runs.new_run(given["out"], f"{data.name}-compare"), [], []
+    real = real_ones(plans[0][1], data)
+    for (name, options), price in zip(plans, costs):
+        steps, found = 5 * max(1, round(plans[0][1]["steps"] * costs[0] / price / 5)), []
+        for seed in range(seeds):
+            runs.status(f"{name}: {steps} steps, seed {seed}")
+            run = f"{folder}/{re.sub('[^a-z0-9-]+', '-', name)}-{seed}"
+            with contextlib.redirect_stdout(io.StringIO()):
+                run_training(variant(name, given) | {
+                    "out": run, "seed": seed, "steps": steps, "eval-every": steps // 5}, brief=True)
+            found.append(measured(run, data, real, options["device"]))
+        table.append((name, steps, torch.stack([values for values, _ in found])))
+        curves.append(torch.stack([curve for _, curve in found]).mean(0).tolist())
+    runs.status(None)
+    tell(folder, table)
+    columns = [f"share of {equal}", *(name.replace(":", " ") for name in names)]
+    rows = [[share, *values] for share, values in zip((0.2, 0.4, 0.6, 0.8, 1.0), zip(*curves))]
+    papers.show(argparse.Namespace(out=folder, command="curves"), columns, rows, [dict(
+        y=columns[1:], xscale="linear", ylabel="held-out error, geometric mean over levels")])
+    return 0
+
+
+def variant(name, given):
+    """given, and what "LOSS:OPTION=VALUE:.." adds to it, as in stf:ref-batch=256."""
+    loss, *more = name.split(":")
+    own = vars(parser().parse_args([f"--loss={loss}", *(f"--{option}" for option in more)]))
+    own = {key.replace("_", "-"): value for key, value in own.items()}
+    return given | {key: own[key] for key in OPTIONS if own[key] is not None}
+
+
+def measured(run, data, real, device):
+    """Of a finished run, averaged weights: its errors at COMPARED and distances at NFE, in one
+    tensor; and its log's five errors, each the geometric mean over the levels."""
+    denoiser, options, _ = runs.load_run(run, device)
+    errors = evaluate.denoising_error(denoiser, *runs.held_out(data, options, 256), COMPARED)
+    distances = [evaluate.run_distance(denoiser, options | {"sample-steps": (nfe + 1) // 2},
+                                       *real)[1] for nfe in NFE]
+    lines = [json.loads(line) for line in open(f"{run}/log.jsonl")]
+    curve = [line["held_out"]["ema"] for line in lines if "held_out" in line]
+    return torch.tensor(errors + distances), torch.tensor(curve).log().mean(1).exp()
+
+
+def tell(folder, table):
+    """A Markdown table, errors as ratios to those of the first objective with the same seed."""
+    names = [*(f"error at {sigma:g}" for sigma in COMPARED), *(f"distance, NFE {n}" for n in NFE)]
+    lines = ["| objective | steps | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for name, steps, values in table:
+        values = torch.cat([values[:, :len(COMPARED)] / table[0][2][:, :len(COMPARED)],
+                            values[:, len(COMPARED):]], dim=1)
+        cells = [f"{v.mean():.3g} ± {v.std(unbiased=len(v) > 1):.2g}" for v in values.T]
+        lines.append(f"| `{name}` | {steps} | " + " | ".join(cells) + " |")
+    Path(folder, "compare.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines) + "\n")
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 
 def main(argv=None):
     try:
-        return run_training(vars(parser().parse_args(argv)))
-    except BadInput as error:
+        runs.start_ranks()
+        with open(os.devnull, "w") as silence, \
+                contextlib.redirect_stdout(silence if ranks()[0] else sys.stdout):
+            given = runs.agree(lambda: vars(parser().parse_args(argv)))
+            given = {name.replace("_", "-"): value for name, value in given.items()}
+            if given["preset"] == "list":
+                print("\n".join(f"{name:16}{text}; sample with {how}\n{'':16}" + ", ".join(
+                    f"{key} {value}" for key, value in own.items())
+                    for name, (own, how, text) in PRESETS.items()))
+                return 0
+            own = PRESETS[given["preset"] or "digits"][0]
+            given |= {key: value for key, value in own.items() if given[key] is None}
+            if own and not given["data"]:
+                raise BadInput(f"--preset {given['preset']} needs your --data")
+            if given["compare"]:
+                names = (ALL if given["compare"] == "all" else given["compare"]).split(",")
+                return compare(given, names, given["equal"], given["seeds"])
+            return run_training(given)
+    except (BadInput, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -471,51 +484,94 @@ def main(argv=None):
         return 130
 
 
-def run_training(given):
-    given = {name.replace("_", "-"): value for name, value in given.items()}
-    again, dry, run, stored = given.pop("resume"), given.pop("dry-run"), None, {}
+def run_training(given, brief=False):
+    """The command, with every option given, or None; brief: without samples and report."""
+    again, dry, run, stored = given["resume"], given["dry-run"], None, {}
     if again:
-        run = runs.newest_run("runs") if again == "newest" else again
-        stored = runs.read_options(run, [*OPTIONS, "shape", "classes", "fingerprint"])
+        run = runs.first(lambda: runs.newest_run("runs") if again == "newest" else again)
+        stored = runs.agree(lambda: runs.read_options(run, [*OPTIONS, "shape", "classes",
+                                                            "fingerprint"]))
     if given["init"] and not again:
-        given = inherit(given, runs.read_options(given["init"], [*OPTIONS]))
-    data = load_data(*(given[name] or stored.get(name, OPTIONS[name][1])
-                       for name in ("data", "data-dir", "size")))
-    options = resume(given, stored, data, run) if again else resolve(given, data)
-    frozen = f"head-{options['head']}" if options["init"] and options["head"] != "none" else ""
+        given = runs.agree(lambda: inherit(given, runs.read_options(given["init"], [*OPTIONS])))
+    where = [given[name] or stored.get(name, OPTIONS[name][1])
+             for name in ("data", "data-dir", "size")]
+    data, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):              # the first rank of a node downloads and decodes for all
+        data = runs.agree(lambda: load_data(*where) if first == turn else data)
+    options = runs.agree(lambda: resume(given, stored, data, run) if again else
+                         resolve(given, data))
+    name = f"head-{options['head']}" if options["init"] and options["head"] != "none" else \
+        options["loss"]
     torch.manual_seed(options["seed"])
-    denoiser = runs.build_denoiser(options).to(options["device"])
-    size = sum(p.numel() for p in denoiser.parameters())
-    print(f"data      {data.source}\nnetwork   {options['arch']}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {frozen or options['loss']}, schedule {options['schedule']}, "
-          f"{options['steps']} steps of {options['batch']}, on {options['device']}")
+    denoiser = runs.agree(lambda: runs.build_denoiser(options)).to(options["device"])
+    if options["loss"] in ("dsm", "stf"):                     # the others' vmap cannot have it
+        denoiser.to(memory_format=torch.channels_last)
+    describe(options, data, denoiser, name)
     if dry:
         print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
+        print("\n".join(f"memory  {what:28}{size / 2 ** 20:10,.0f} MiB"
+                        for what, size in memory(options, denoiser, data).items()))
         return 0
 
-    ema = copy.deepcopy(denoiser).requires_grad_(False)
-    state = dict(step=0, optimizer=None, beta=None)
-    if again and runs.checkpoints(run):
+    emas = {half_life: copy.deepcopy(denoiser).requires_grad_(False)
+            for half_life in options["ema"].split(",")}
+    state = runs.agree(lambda: starting_state(options, denoiser, emas, run))
+    real = real_ones(options, data) if options["fid-every"] else None
+    run = run or runs.first(lambda: runs.new_run(options["out"], f"{data.name}-{name}"))
+    if ranks()[0] == 0:
+        runs.write_json(os.path.join(run, "options.json"), options)
+    print(f"run       {run}" + (f", from step {state['step']}" if again else ""), flush=True)
+    denoiser.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options["amp"])
+    if options["compile"]:
+        denoiser.model.compile()
+    start = time.time()
+    done = train(options, data, run, state, denoiser, emas, real)
+    if not done:
+        print(f"stopped by a signal; to go on: python train.py --resume {run}")
+    elif ranks()[0] == 0 and not brief:
+        save_samples(run, options["steps"], denoiser, ema_of(emas), options, data)
+        evaluate.report(options, data, run, ema_of(emas), time.time() - start)
+        print(f"samples     {run}/samples-{options['steps']:07d}.png\nlog         {run}/log.jsonl\n"
+              f"checkpoint  {runs.checkpoints(run)[-1]}\n"
+              f"next        python evaluate.py sample {run}")
+    return 0
+
+
+def describe(options, data, denoiser, name):
+    """What is going to be trained, and on what, on the terminal."""
+    size = sum(p.numel() for p in denoiser.parameters())
+    print(f"data      {data.source}\nnetwork   {options['arch']}, {size / 1e6:.2f} M parameters\n"
+          f"loss      {name}, schedule {options['schedule']}, "
+          f"{options['steps']} steps of {options['batch']}, on {options['device']}"
+          + f" x {ranks()[1]}" * (ranks()[1] > 1))
+
+
+def memory(options, denoiser, data):
+    """Bytes, by what they are for; what the network's activations take is not among them."""
+    weights = 4 * sum(p.numel() for p in denoiser.parameters())
+    B, n, row = options["batch"] // ranks()[1], options["ref-batch"], data.x[0].nbytes
+    sizes = {"weights and gradients": 2 * weights, "AdamW's two moments": 2 * weights,
+             "weight averages": weights * len(options["ema"].split(",")), "the data": data.x.nbytes}
+    if "stf" in options["loss"]:                          # rows in their own type, 512 as float64
+        sizes["STF: reference and weights"] = n * row + 16 * B * n + 512 * 12 * data.x[0].size
+    return sizes
+
+
+def starting_state(options, denoiser, emas, run):
+    """The state that a run starts from, its networks' weights loaded: fresh, --init's or run's."""
+    state = dict(step=0, optimizer=None, beta=None, skipped=[0, 0], best=math.inf)
+    if run and runs.checkpoints(run):
         state = runs.load_checkpoint(run, options["device"])
         runs.load_weights(denoiser, state["model"], run)
-        runs.load_weights(ema, state["ema"], run)
+        for half_life, ema in emas.items():
+            runs.load_weights(ema, state["ema"][half_life], run)
     elif options["init"]:
         weights = runs.load_run(options["init"], options["device"])[0].state_dict()
-        for network in (denoiser, ema):
+        for network in (denoiser, *emas.values()):
             runs.load_weights(network, network.state_dict() | weights, options["init"])
-    if not again:
-        run = runs.new_run(options["out"], f"{data.name}-{frozen or options['loss']}")
     if state["step"] >= options["steps"]:
         raise BadInput(f"{run} has its {state['step']} steps; give --steps a larger number")
-    runs.write_json(os.path.join(run, "options.json"), options)
-    print(f"run       {run}" + (f", from step {state['step']}" if again else ""), flush=True)
-    start = time.time()
-    train(options, data, run, state, denoiser, ema)
-    evaluate.report(options, data, run, ema, time.time() - start)
-    print(f"samples     {run}/samples-{options['steps']:07d}.png\nlog         {run}/log.jsonl\n"
-          f"checkpoint  {runs.checkpoints(run)[-1]}\n"
-          f"next        python evaluate.py sample {run}")
-    return 0
+    return state
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """benchmark.py: what things cost, as ratios within one run.  A script, not a test.
 
-    python tests/benchmark.py [--quick] [--json FILE]
+    python tests/benchmark.py [--quick] [--only PART] [--json FILE]
 
 "other" is the published form of the stable target, which broadcasts (B, n, d), or what is named.
 Every time is a median of runs taken in turn with those of its rivals, so that load on the machine
@@ -10,6 +10,7 @@ The full run needs about 7 GiB of free memory.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import resource
@@ -19,15 +20,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import datasets
+import evaluate
 import losses
+import networks
+import objectives
 import runs
 import train
+from schedules import EDM
 
 
 def broadcast_target(x, sigma, reference):
@@ -160,22 +167,99 @@ def objective_rows(quick):
         given = vars(train.parser().parse_args(["--loss", *objective.split()]))
         options = train.resolve({k.replace("_", "-"): v for k, v in given.items()}, data)
         denoiser, schedule = runs.build_denoiser(options), runs.build_schedule(options)
-        tools, optimizer = train.build_tools(pixels, labels, options), torch.optim.AdamW(
+        tools, optimizer = objectives.build_tools(pixels, labels, options), torch.optim.AdamW(
             denoiser.parameters(), fused=True)
         numbers = itertools.count()
 
         def step(options=options, denoiser=denoiser, schedule=schedule, tools=tools,
                  optimizer=optimizer, numbers=numbers):
             n = next(numbers)
-            batch = train.draw_batch(pixels, labels, options, schedule, n)
-            train.objective(options, denoiser, batch, tools).mean().backward()
+            batch = objectives.draw_batch(pixels, labels, options, schedule, n)
+            objectives.objective(options, denoiser, batch, tools).mean().backward()
             optimizer.step(), optimizer.zero_grad()
             if tools["beta"] and n % 25 == 0:
-                train.update_beta(options, denoiser, batch, tools, n)
+                objectives.update_beta(options, denoiser, batch, tools, n)
         steps.append(step)
     dsm, *rest = median_times(1 if quick else 5, *steps)
     for objective, seconds in zip(OBJECTIVES[1:], rest):
         yield f"training step, seconds: dsm (other: {objective})", dsm, seconds
+
+
+def ddpmpp_step(way, B, device):
+    """A training step of DDPM++ of base width 64 on 32x32 images: as train.py does it, or plainly.
+
+    plain: float32 and NCHW, AdamW and the weight average tensor by tensor.
+    """
+    torch.manual_seed(0)
+    net = networks.UNet(32, 3, **networks.UNETS["ddpmpp"] | {"width": 64})
+    denoiser = networks.Denoiser(net, EDM().precondition).to(device)
+    if way != "plain":
+        denoiser.to(memory_format=torch.channels_last)
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    fused = dict(fused=True) if way != "plain" else dict(foreach=False)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, **fused)
+    denoiser.amp = torch.bfloat16 if "bf16" in way else None
+    if "compiled" in way:
+        denoiser.model.compile()
+    x0, noise = torch.randn(2, B, 3, 32, 32, device=device)
+    sigma = torch.rand(B, 1, 1, 1, device=device) + 0.1
+
+    def step():
+        losses.dsm_loss(denoiser, x0, noise, sigma, losses.edm_weight).mean().backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        if way != "plain":
+            objectives.update_ema(ema, denoiser, 10 ** 5, {"ema-rampup": 1, "batch": B}, 10 ** 6)
+        else:
+            with torch.no_grad():
+                for average, weight in zip(ema.parameters(), denoiser.parameters()):
+                    average.mul_(0.999).add_(weight, alpha=0.001)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return step
+
+
+def network_rows(quick):
+    """DDPM++'s training step, and what share it is of the device's matrix product's speed."""
+    device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
+    torch.set_num_threads(1)
+    B, repeats = (512, 5) if device == "cuda" else (4, 1) if quick else (32, 3)
+    ways = ["train.py's", "plain", "bf16", "compiled", "compiled bf16"][:2 if quick else 5]
+    mine, *rest = times = median_times(repeats, *(ddpmpp_step(way, B, device) for way in ways))
+    for way, seconds in zip(ways[1:], rest):
+        yield f"DDPM++ width 64, batch {B}, seconds a step (other: {way})", mine, seconds
+    with FlopCounterMode(display=False) as counter:
+        ddpmpp_step("plain", B, device)()
+    a = torch.randn(4096, 4096, device=device)
+    for way, seconds in zip(ways, times):
+        b = a.to(torch.bfloat16) if "bf16" in way else a
+        peak, = median_times(1, lambda b=b: (b @ b).sum().item())
+        yield f"    {way}: images/s; share of the matrix product's FLOP/s", B / seconds, (
+            counter.get_total_flops() / seconds / (2 * 4096 ** 3 / peak) * B / seconds)
+    torch.set_num_threads(threads)
+
+
+def whole_set_rows(quick):
+    """STF with a uint8 reference of CIFAR-10's size: peak memory beyond the set, time by n."""
+    n = 5000 if quick else 50_000
+    command = [sys.executable, __file__, "--whole-set", "128", str(n)]
+    grown, half, whole = map(float, subprocess.run(
+        command, check=True, capture_output=True, text=True).stdout.split())
+    yield f"whole uint8 set as reference, B 128, n {n}: peak MiB (other: the limit)", grown, 400.0
+    yield f"    seconds, n {n // 2} (other: n {n})", half, whole
+
+
+def whole_set_worker(B, n):
+    """Run in a fresh process: prints the MiB beyond the set, the seconds for half of it and all."""
+    reference = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
+    x, sigma = torch.randn(B, 3, 32, 32), torch.ones(B, 1, 1, 1)
+    losses.stf_target(x[:2], sigma[:2], reference[:8])
+    before, seconds = peak_kib(), []
+    for rows in (reference[:n // 2], reference):
+        start = time.perf_counter()
+        losses.stf_target(x, sigma, rows)
+        seconds.append(time.perf_counter() - start)
+    print((peak_kib() - before) / 1024, *seconds)
 
 
 def sampler_rows(quick):
@@ -204,20 +288,49 @@ def sampler_rows(quick):
         yield f"denoiser calls, seconds (other: {sampler}, all of it)", calls[1], ratio * calls[1]
 
 
+def general_root_distance(mean1, cov1, mean2, cov2):
+    """Frechet's distance by the root of C1 C2, a matrix that is not symmetric: V sqrt(L) V^-1."""
+    values, V = np.linalg.eig(cov1 @ cov2)
+    root = V * np.sqrt(values.astype(complex)) @ np.linalg.inv(V)
+    return ((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root).real
+
+
+def frechet_rows(quick):
+    """The Frechet distance of d features, 2048 of Inception."""
+    d, rng = 256 if quick else 2048, np.random.default_rng(0)
+    scale = np.arange(1, d + 1) ** -0.5
+    given = [m for _ in range(2) for m in evaluate.moments(rng.standard_normal((3 * d, d)) * scale)]
+    ways = [evaluate.frechet_distance, general_root_distance]
+    ours, general = (f(*given) for f in ways)
+    assert abs(ours - general) < 1e-6 * general
+    yield f"frechet_distance, seconds, d {d} (other: the root of C1 C2)", *median_times(
+        1, *(lambda f=f: f(*given) for f in ways))
+
+
+PARTS = dict(target=stf_target_rows, whole=whole_set_rows, objectives=objective_rows,
+             network=network_rows, samplers=sampler_rows, frechet=frechet_rows)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    parser.add_argument("--only", help="one part: " + ", ".join(PARTS))
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--whole-set", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.memory:
         name, B, n = options.memory
         return memory_worker(name, int(B), int(n))
+    if options.whole_set:
+        return whole_set_worker(*options.whole_set)
 
     machine = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
     print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)
     rows = []
-    for part in (stf_target_rows, objective_rows, sampler_rows):
+    for name, part in PARTS.items():
+        if options.only not in (None, name):
+            continue
         for what, mine, other in part(options.quick):
             ratio = other / mine if mine else float("inf")
             rows.append(dict(what=what, this_repo=mine, other=other, ratio=ratio))

@@ -139,6 +139,16 @@ def test_two_gaussians_are_the_documented_mixture(name):
     assert data.classes == ["0", "1"]
 
 
+def test_ring_is_eight_gaussians_on_a_circle():
+    data, radius = load_data("ring"), (2 * (0.25 - 0.0049)) ** 0.5
+    for k in range(8):
+        part, angle = data.x[data.labels == k], k * np.pi / 4
+        mean = radius * np.array([np.cos(angle), np.sin(angle)])
+        assert len(part) == 2500 and np.abs(part.mean(0) - mean).max() < 0.006
+        assert np.abs(np.cov(part.T) - 0.0049 * np.eye(2)).max() < 0.0006
+    assert data.classes == list("01234567")
+
+
 def test_checkerboard_has_one_colour_and_swiss_roll_is_a_spiral():
     board = load_data("checkerboard")
     square = np.floor(board.x * 4 / 3 ** 0.5).astype(int)              # -2 .. 1 in each direction

@@ -1,5 +1,6 @@
 """evaluate.py: distances, pictures, and samples that do not depend on their company."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -197,13 +198,20 @@ def test_guidance_exaggerates_the_class(run, capsys):
     assert abs(strong - none).mean() > abs(plain - none).mean() > 0
 
 
-def test_samplers_prints_a_table_of_nfe_and_distance(run, capsys):
-    assert evaluate.main(["samplers", str(run), "--num", "6", "--steps", "2", "3"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
-    nfe = {(row[0], row[-3]): float(row[-2]) for row in rows}
+def test_nfe_is_a_table_a_csv_and_a_picture_of_nfe_and_distance(run, tmp_path, capsys):
+    argv = ["nfe", str(run), "--num", "6", "--steps", "2", "3", "--out", str(tmp_path)]
+    assert evaluate.main(argv) == 0
+    printed = capsys.readouterr().out
+    header, *rows = csv.reader((tmp_path / "nfe.csv").read_text().splitlines())
+    assert header == ["sampler", "steps", "NFE", "frechet_pixels_6"]
+    nfe = {(row[0], row[1]): float(row[2]) for row in rows}
     assert nfe["euler", "2"] == 2 and nfe["heun", "3"] == 5 and nfe["pc", "3"] == 6
-    assert len(rows) == 21 and {row[0] for row in rows} == set(runs.SAMPLERS)
-    assert all(float(row[-1]) >= 0 for row in rows)
+    assert nfe["edm-stochastic churn 3.0", "2"] == 3 and ("rk45", "rtol 0.01") in nfe
+    assert {row[0].split()[0] for row in rows} == {*runs.SAMPLERS, "6"}
+    assert len(rows) == 11 * 2 + 2 + 2 and all(float(row[3]) >= 0 for row in rows)
+    assert all(name in printed for name, _ in nfe)
+    distance = {(row[0], row[1]): float(row[3]) for row in rows}
+    assert distance["euler", "2"] == pytest.approx(distance["ddim eta 0.0", "2"], rel=1e-3)
 
 
 def test_class_is_a_name_or_a_number_and_matters(run, capsys):
@@ -248,9 +256,9 @@ def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
     ["sample", "RUN", "--sampler", "ddpm", "--variance", "npr"],
     ["sample", "RUN", "--sampler", "heun", "--rtol", "1e-3"],
     ["sample", "RUN", "--sampler", "rk45", "--rtol", "0"],
-    ["sample", "RUN", "--schedule", "cosine"], ["samplers", "RUN", "--steps", "0"],
-    ["samplers", "RUN", "--schedule", "iddpm", "--steps", "2000"],
-    ["samplers", "RUN", "--num", "1"], ["samplers", "RUN", "--num", "20000"],
+    ["sample", "RUN", "--schedule", "cosine"], ["nfe", "RUN", "--steps", "0"],
+    ["nfe", "RUN", "--schedule", "iddpm", "--steps", "2000"],
+    ["nfe", "RUN", "--num", "1"], ["nfe", "RUN", "--num", "20000"],
     ["sample", "RUN", "--seed", str(10 ** 23)],
     ["sample", "RUN", "--sampler", "pc", "--snr", "1e9"],
     ["sample", "RUN", "--sampler", "rk45", "--rtol", "1e-12"]])

@@ -297,6 +297,20 @@ def test_stf_labels_average_over_the_own_class_only(chunk, sort):
     assert error(got, stf_target(x, sigma, reference)) > 0.1             # the classes do matter
 
 
+def test_a_uint8_reference_is_the_same_as_its_images_in_minus_one_to_one():
+    """Bit for bit, source and all; and only a chunk of it is ever floating-point."""
+    raw = torch.randint(256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    reference = raw.float() / 127.5 - 1
+    x0, sigma = reference[:4], shaped([0.01, 0.5, 2.0, 50.0], reference)
+    x = x0 + sigma * randn(*x0.shape, seed=19).float()
+    labels = torch.arange(40) % 2
+    for more in ((), (labels[:4], labels)):
+        assert torch.equal(stf_target(x, sigma, raw, *more), stf_target(x, sigma, reference, *more))
+    with Largest() as largest:
+        stf_target(x, sigma, raw, chunk=8)
+    assert largest.numel <= 8 * 192
+
+
 def test_stf_target_without_a_reference_of_the_class_is_nan_there_and_only_there():
     reference, classes = points(8), torch.zeros(8, dtype=torch.int64)
     got = stf_target(reference[:2], shaped([1.0, 1.0], reference[:2]), reference,

@@ -580,12 +580,13 @@ def test_gray_28x28_images_and_the_preset_of_the_default_run():
 
 @pytest.mark.parametrize("dim", [2, 64])
 @pytest.mark.parametrize("classes", [0, 5])
-def test_mlp_is_its_formula(dim, classes):
-    net = mlp(dim, classes, depth=2)
+@pytest.mark.parametrize("given", [{}, {"activation": torch.tanh}])
+def test_mlp_is_its_formula(dim, classes, given):
+    net, activation = mlp(dim, classes, depth=2, **given), given.get("activation", F.silu)
     x, c_noise, labels = torch.randn(6, dim), torch.linspace(-2, 1, 6), torch.arange(6) % 5
     h = torch.cat([x, sinusoids(c_noise, 16), F.one_hot(labels, 5)[:, :classes].float()], 1)
     for i in range(2):
-        h = F.silu(h @ net.hidden[i].weight.T + net.hidden[i].bias)
+        h = activation(h @ net.hidden[i].weight.T + net.hidden[i].bias)
     want = h @ net.out.weight.T + net.out.bias
     torch.testing.assert_close(net(x, c_noise, labels), want, rtol=1e-4, atol=1e-4)
     assert MLP(dim, classes=classes)(x, c_noise, labels).eq(0).all()                # at the start

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import datasets
+import losses
+import objectives
 import runs
 import train
 from losses import WEIGHTS
@@ -40,7 +42,7 @@ def batch(argv, step):
     o, data = options(argv)
     labels = None if data.labels is None else torch.from_numpy(data.labels)
     schedule = runs.build_schedule(o)
-    return train.draw_batch(torch.from_numpy(data.x), labels, o, schedule, step)
+    return objectives.draw_batch(torch.from_numpy(data.x), labels, o, schedule, step)
 
 
 def test_batch_is_a_pure_function_of_seed_and_step():
@@ -53,19 +55,24 @@ def test_batch_is_a_pure_function_of_seed_and_step():
     assert not torch.equal(first["noise"], batch([*argv, "--seed", "1"], 3)["noise"])
 
 
-def test_source_is_in_its_reference_and_rows_do_not_repeat():
-    b = batch(["--batch", "8", "--ref-batch", "40", "--cond"], 0)
-    x0, noise, sigma, reference = (b[name] for name in ("x0", "noise", "sigma", "reference"))
-    assert torch.equal(reference[:8], x0) and b["reference_labels"].shape == (40,)
-    assert torch.equal(b["reference_labels"][:8], b["labels"])
-    assert len(torch.unique(reference.flatten(1), dim=0)) == 40            # the whole set, once
+@pytest.mark.parametrize("n", [20, 40])
+def test_source_is_in_its_reference_and_rows_do_not_repeat(n):
+    """n = 40 is the whole set, once, as it lies; its images stay uint8 until they are used."""
+    b = batch(["--batch", "8", "--ref-batch", str(n), "--cond", "--holdout", "0"], 0)
+    x0, noise, sigma, raw = (b[name] for name in ("x0", "noise", "sigma", "reference"))
+    reference = next(losses.rows(raw, x0)).view_as(raw)
+    distance, k = (x0.flatten(1)[:, None] - reference.flatten(1)).abs().amax(-1).min(1)
+    assert (distance == 0).all() and raw.dtype == torch.uint8 and len(raw) == n
+    assert torch.equal(b["reference_labels"][k], b["labels"])
+    assert len(torch.unique(raw.flatten(1), dim=0)) == n
     assert noise.shape == x0.shape and sigma.shape == (8, 1, 1, 1) and (sigma > 0).all()
     assert x0.min() >= -1 and x0.max() <= 1 and x0.dtype == torch.float32
 
 
 def test_a_batch_larger_than_the_set_still_has_its_sources():
     b = batch(["--batch", "64", "--ref-batch", "8"], 0)
-    assert len(b["x0"]) == 64 and torch.equal(b["reference"], b["x0"])
+    assert torch.equal(next(losses.rows(b["reference"], b["x0"])), b["x0"].flatten(1))
+    assert len(b["x0"]) == 64
 
 
 def test_xflip_mirrors_about_half_and_the_reference_with_it():
@@ -73,6 +80,22 @@ def test_xflip_mirrors_about_half_and_the_reference_with_it():
     same = (plain == mirrored).flatten(1).all(1)
     assert torch.equal(torch.where(same[:, None, None, None], plain, plain.flip(-1)), mirrored)
     assert 10 <= same.sum() <= 30
+
+
+def test_rows_held_out_are_not_trained_on():
+    """Every 4th of 42 rows, 10 of them; built-in sets draw fresh rows, which are in no batch."""
+    rows = datasets.training_rows(42, 4)
+    assert sorted([*rows.tolist(), *range(3, 42, 4)]) == list(range(42))
+    o, data = options(["--holdout", "4", "--data", "images.npz"])
+    held, _ = runs.held_out(data, o)
+    seen = [losses.rows(batch(["--holdout", "4", "--ref-batch", "30"], s)["reference"], held)
+            for s in range(3)]
+    near = torch.cdist(held.flatten(1), torch.cat([next(r) for r in seen])).min(1).values
+    assert held.shape == (10, 3, 8, 8) and near.min() > 0.1
+    o, data = options(["--data", "two-gaussians"], "two-gaussians")
+    held, _ = runs.held_out(data, o)
+    assert not set(map(tuple, held.tolist())) & set(map(tuple, data.x.tolist()))
+    assert held.shape == (1000, 2)
 
 
 @pytest.mark.parametrize("loss", ["dsm", "antithetic", "taylor", "stf-taylor", "sa"])
@@ -89,17 +112,17 @@ def test_sa_batch_is_k_consecutive_levels_of_the_ladder_and_masked_below():
     argv = ["--batch", "8", "--loss", "sa", "--K", "3", "--schedule", "ddpm"]
     o, data = options(argv)
     schedule = runs.build_schedule(o)
-    b = train.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
+    b = objectives.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
     assert b["noise"].shape == (3, 8, 3, 8, 8) and b["sigma"].shape == b["tau"].shape == (
         3, 8, 1, 1, 1)
     level = (schedule.levels - b["sigma"].double().view(3, 8, 1)).abs().argmin(-1)
     assert (level[0] - level[1] == 1).all() and (level[1] - level[2] == 1).all()
     assert (b["tau"] == 1).all() and b["noise"][0].var() == pytest.approx(1, abs=0.1)
-    alike = [(noise[0] * noise[1]).mean() for noise in (b["noise"], train.draw_batch(
+    alike = [(noise[0] * noise[1]).mean() for noise in (b["noise"], objectives.draw_batch(
         torch.from_numpy(data.x), None, o | {"level-noise": "path"}, schedule, 0)["noise"])]
     assert abs(alike[0]) < 0.1 and alike[1] > 0.9
     schedule.training_sigma = lambda _: schedule.levels[:1].repeat(8)            # t = 1
-    b = train.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
+    b = objectives.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
     assert b["tau"].view(3, 8)[:, 0].tolist() == [1, 0, 0] and (b["sigma"] == b["sigma"][0]).all()
 
 
@@ -121,34 +144,34 @@ def test_sigma_draws_keep_the_distribution_and_cover_it(how):
 
 def test_switch_parts_the_batch_by_noise_level():
     b = batch(["--batch", "40", "--loss", "stf-taylor", "--switch-sigma", "0.3", "--cond"], 0)
-    low, high = train.part(b, b["low"]), train.part(b, b["high"])
+    low, high = objectives.part(b, b["low"]), objectives.part(b, ~b["low"])
     assert (low["sigma"] < 0.3).all() and (high["sigma"] >= 0.3).all()
     assert 0 < len(low["x0"]) < 40 and len(low["x0"]) + len(high["x0"]) == 40
     assert len(low["labels"]) == len(low["x0"]) and low["reference"] is b["reference"]
 
 
 def test_generator_tells_seeds_steps_and_streams_apart():
-    draws = {float(torch.rand(1, generator=train.generator(*key)))
+    draws = {float(torch.rand(1, generator=objectives.generator(*key)))
              for key in [(0, 0, 0), (0, 0, 1), (0, 0, 3), (0, 1, 0), (1, 0, 0), (2 ** 31, 0, 0)]}
     assert len(draws) == 6
 
 
 def test_learning_rate_rises_stays_and_falls():
     o = dict(lr=1.0, warmup=10, decay=0.5, steps=100)
-    rate = [train.learning_rate(o, step) for step in range(100)]
+    rate = [objectives.learning_rate(o, step) for step in range(100)]
     assert rate[0] == pytest.approx(0.1) and rate[9:50] == [1.0] * 41
     assert rate[75] == pytest.approx(0.5) and rate[99] == pytest.approx(0.02)
-    assert train.learning_rate(dict(o, decay=0.0), 99) == 1.0
+    assert objectives.learning_rate(dict(o, decay=0.0), 99) == 1.0
 
 
 def test_ema_half_life_counts_images_and_ramps_up():
     weights, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     weights.weight.data.fill_(1.0), ema.weight.data.fill_(0.0)
-    o = {"ema": 100, "ema-rampup": 1.0, "batch": 10}
+    o = {"ema-rampup": 1.0, "batch": 10}
     for _ in range(10):                                     # 100 images = one half-life
-        train.update_ema(ema, weights, o, images=10 ** 6)
+        objectives.update_ema(ema, weights, 100, o, images=10 ** 6)
     assert ema.weight.item() == pytest.approx(0.5)
-    train.update_ema(ema, weights, dict(o, ema=10 ** 9, batch=100), images=100)     # ramp: 100
+    objectives.update_ema(ema, weights, 10 ** 9, dict(o, batch=100), images=100)         # ramp: 100
     assert ema.weight.item() == pytest.approx(0.75)
 
 
@@ -166,8 +189,8 @@ def test_ten_steps_are_five_and_five_bit_for_bit(extra, capsys):
     assert train.main(["--resume", "killed"]) == 0
     whole, killed = states("whole")[-1], states("killed")[-1]
     assert whole["step"] == killed["step"] == 10
-    for part in ("model", "ema"):
-        assert all(torch.equal(whole[part][k], killed[part][k]) for k in whole[part])
+    for a, b in ((whole["model"], killed["model"]), (whole["ema"]["500000"], killed["ema"]["500000"])):
+        assert all(torch.equal(a[k], b[k]) for k in a)
     for a, b in zip(whole["optimizer"]["state"].values(), killed["optimizer"]["state"].values()):
         assert all(torch.equal(a[k], b[k]) for k in a)
     log = [Path(run, "log.jsonl").read_text().splitlines()[:10] for run in ("whole", "killed")]
@@ -192,7 +215,8 @@ def test_checkpoints_are_plain_tensors_whole_and_two(capsys):
     assert names == ["checkpoint-0000004.pt", "checkpoint-0000006.pt", "log.jsonl", "options.json",
                      "samples-0000006.png"]
     state = states("run")[-1]
-    assert set(state) == {"step", "options", "model", "ema", "optimizer", "beta"}
+    assert set(state) == {"step", "options", "model", "ema", "optimizer", "scaler", "beta", "skipped",
+                          "best"}
     assert json.loads(json.dumps(state["options"])) == state["options"]
     assert json.loads(Path("run/options.json").read_text()) == state["options"]
 
@@ -204,11 +228,11 @@ def test_stable_targets_of_a_run_are_unbiased_and_their_batch_mean_is_corrected(
     argv = ["--batch", "8", "--ref-batch", "16", "--P-mean", "3", "--P-std", "0.5", *argv.split()]
     o, data = options(argv)
     pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    schedule, tools = runs.build_schedule(o), train.build_tools(pixels, labels, o)
+    schedule, tools = runs.build_schedule(o), objectives.build_tools(pixels, labels, o)
     error, varies = [], []
     for step in range(300 if o["augment"] else 600):
-        b = train.draw_batch(pixels, labels, o, schedule, step)
-        target = train.stable_target(b, tools, b["x0"] + b["sigma"] * b["noise"], b["sigma"])
+        b = objectives.draw_batch(pixels, labels, o, schedule, step)
+        target = objectives.stable_target(b, tools, b["x0"] + b["sigma"] * b["noise"], b["sigma"])
         error.append((target - b["x0"]).mean(0).flatten())
         varies.append(target.mean(0).flatten())
     error, varies = torch.stack(error), torch.stack(varies)
@@ -223,7 +247,7 @@ def test_a_runs_correction_has_mean_zero_given_its_sources(argv):
     """Over 4,000 references around the same source, mirrored or not."""
     o, data = options(["--batch", "4", "--ref-batch", "8", *argv.split()])
     pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    correction, g = train.build_tools(pixels, labels, o)["correction"], torch.Generator()
+    correction, g = objectives.build_tools(pixels, labels, o)["correction"], torch.Generator()
     x = datasets.load_rows(pixels, torch.arange(40), None, "cpu")
     source = x[:1].flip(-1) if o["xflip"] else x[:1]
     total, square = 0, 0
@@ -249,18 +273,18 @@ def three_steps(argv, data="images.npz"):
     labels = None if data.labels is None else torch.from_numpy(data.labels)
     torch.manual_seed(0)
     denoiser, schedule = runs.build_denoiser(o), runs.build_schedule(o)
-    tools, losses = train.build_tools(pixels, labels, o), []
+    tools, losses = objectives.build_tools(pixels, labels, o), []
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
     for step in range(3):
-        b = train.draw_batch(pixels, labels, o, schedule, step)
-        losses.append(train.objective(o, denoiser, b, tools))
+        b = objectives.draw_batch(pixels, labels, o, schedule, step)
+        losses.append(objectives.objective(o, denoiser, b, tools))
         optimizer.zero_grad()
         losses[-1].mean().backward()
         gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
         assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
         optimizer.step()
         if tools["beta"]:
-            train.update_beta(o, denoiser, b, tools, step)
+            objectives.update_beta(o, denoiser, b, tools, step)
             assert tools["beta"].sums.isfinite().all() and tools["beta"].sums[2].sum() > 0
     assert all(x.shape == (o["batch"],) and x.isfinite().all() for x in losses)
     return losses
@@ -347,8 +371,9 @@ def test_init_takes_network_and_noise_levels_of_the_run_and_its_data(capsys):
     assert "loss      head-npr, schedule vp" in capsys.readouterr().out
     first, head = states("first")[-1], states("head")[-1]
     assert head["options"]["schedule"] == "vp" and head["options"]["data"] == "two-gaussians"
-    for name, weight in first["ema"].items():
-        assert torch.equal(weight, head["ema"][name]) and torch.equal(weight, head["model"][name])
+    for name, weight in first["ema"]["20000"].items():
+        assert torch.equal(weight, head["ema"]["20000"][name])
+        assert torch.equal(weight, head["model"][name])
     for change in (["--schedule", "edm"], ["--target", "x0"], ["--width", "8"]):
         assert train.main(["--head", "npr", "--init", "first", *change]) == 2
         assert "--init first: cannot change" in capsys.readouterr().err
@@ -468,4 +493,4 @@ def test_a_damaged_checkpoint_is_named(capsys):
 
 def test_nan_stops_the_run_with_a_sentence(capsys):
     assert train.main([*POINTS, "--steps", "50", "--lr", "1e30", "--clip", "1e30"]) == 2
-    assert "not finite" in capsys.readouterr().err
+    assert "ten steps in a row" in capsys.readouterr().err
