@@ -302,9 +302,11 @@ def report(options, data, run, ema, seconds, count=128):
                        for features in (pixel_features(fake), real[:count]))
     print(f"{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
           "   sigma   DSM loss   STF loss   sources averaged  target noise in DSM\n"
-          "                                 by STF (ESS)      (chance no network can learn)")
+          f"{'':33}by STF (ESS){'*' * bool(labels is not None):6}(chance no network can learn)")
     for sigma, dsm, stf, size in table:
         print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {size:15.1f} {1 - stf / dsm:12.0%}")
+    if labels is not None:
+        print("* of the same class only")
     space = "pixel space" if data.x.ndim == 4 else "the points' space"
     print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
           f"{2 * options['sample-steps'] - 1}): {distance:.3f}\n"
@@ -385,7 +387,8 @@ def sample(args):
         labels = torch.full((args.num,), names.index(args.label))
     how = described(args, choices)
     name = how.replace(" steps", "").replace(", ", "-").replace(" ", "-")
-    out = args.out or f"{args.run}/{name}.png"
+    folder = os.path.dirname(args.run) if os.path.isfile(args.run) else args.run
+    out = args.out or f"{folder}/{name}.png"
     check_output("--out", out, ".png", ".npz")
     start = time.time()
     x = torch.cat([*sampled(args.num, args.sampler, args.steps, args.guidance, labels,

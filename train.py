@@ -96,8 +96,9 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
             "Theorem 1's, as shares of the first; Theorem 1's"),
     "level-noise": (["independent", "path"], "independent", "sa: noises of the K levels, as "
                     "published, or of one path, nearly unbiased"),
-    "order": (number(int, 0, 2), 0, "of the Taylor polynomial around the clean image"),
-    "trace": (["hutchinson", "exact"], "hutchinson", "how orders 1 and 2 get the Jacobian's"),
+    "order": (number(int, 0, 2), 0, "taylor: of the polynomial around the clean image"),
+    "trace": (["hutchinson", "exact"], "hutchinson", "taylor: how orders 1 and 2 get the trace of "
+              "the Jacobian"),
     "control": (["switch", "atoms"], "switch", "stf-taylor: a control below a noise level and STF "
                 "above it, or both everywhere, the control averaged over the posterior"),
     "switch-sigma": (number(float, 1e-9), (0.1, 0.03, 0.1), "control switch: the noise level"),
@@ -143,8 +144,8 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
                    "noise; 0: never"),
     "fid-every": (INDEX, 0, "steps between Frechet distances, of which the best checkpoint is kept;"
                   " 0: never"),
-    "fid-num": (number(int, 2), (500, 4000, 2048), "samples of each"),
-    "fid-features": (["pixels", "inception"], "pixels", "of what"),
+    "fid-num": (number(int, 2), (500, 4000, 2048), "samples for each Frechet distance"),
+    "fid-features": (["pixels", "inception"], "pixels", "of which features these distances are"),
     "inception": (str, None, "Inception's weights for these; none: downloaded"),
     "sample-every": (INDEX, (0, 0, 5000), "steps between sample grids; 0: only at the end"),
     "sample-steps": (COUNT, (12, 18, 18), "Heun steps of the grids"),
@@ -177,15 +178,15 @@ def parser():
             words = {"int": "N", "even": "N", "float": "X"}
             how = dict(type=kind, metavar=words.get(kind.__name__, name.upper()))
         p.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
-    p.add_argument("--preset", choices=[*PRESETS, "list"], help="a paper's run; what is given "
-                   "beside it comes first; list: print them all")
+    p.add_argument("--preset", choices=[*PRESETS, "list"], help="a paper's run; options "
+                   "beside it override its own; list: print them all")
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    f"with the newest one; may change: {', '.join(sorted(MAY_CHANGE))}")
     p.add_argument("--compare", metavar="A,B,..", help="train several objectives alike and print a "
                    "table: dsm, stf, .., with own options as in stf:ref-batch=256; or all: "
                    f"{ALL}")
-    p.add_argument("--equal", choices=["calls", "time", "steps"], default="calls", help="what the "
-                   "objectives of --compare have the same of: calls of the network (default), ..")
+    p.add_argument("--equal", choices=["calls", "time", "steps"], default="calls", help="what all "
+                   "objectives of --compare get alike: calls of the network (default), time, steps")
     p.add_argument("--seeds", type=COUNT, default=2, help="runs of each in --compare (default: 2)")
     p.add_argument("--dry-run", action="store_true", help="print every resolved option and exit")
     return p
@@ -412,7 +413,8 @@ def compare(given, names, equal, seeds):
         table.append((name, steps, torch.stack([values for values, _ in found])))
         curves.append(torch.stack([curve for _, curve in found]).mean(0).tolist())
     runs.status(None)
-    tell(folder, table)
+    num, features, of_real = real
+    tell(folder, table, evaluate.distance_name(features[0], num), of_real["floor"])
     columns = [f"share of {equal}", *(name.replace(":", " ") for name in names)]
     rows = [[share, *values] for share, values in zip((0.2, 0.4, 0.6, 0.8, 1.0), zip(*curves))]
     papers.show(argparse.Namespace(out=folder, command="curves"), columns, rows, [dict(
@@ -440,17 +442,19 @@ def measured(run, data, real, device):
     return torch.tensor(errors + distances), torch.tensor(curve).log().mean(1).exp()
 
 
-def tell(folder, table):
+def tell(folder, table, name, floor):
     """A Markdown table, errors as ratios to those of the first objective with the same seed."""
+    name_of_distance = f"distance: {name}; as many real images get {floor:.3g}"
     names = [*(f"error at {sigma:g}" for sigma in COMPARED), *(f"distance, NFE {n}" for n in NFE)]
     lines = ["| objective | steps | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for name, steps, values in table:
+    for label, steps, values in table:
         values = torch.cat([values[:, :len(COMPARED)] / table[0][2][:, :len(COMPARED)],
                             values[:, len(COMPARED):]], dim=1)
         cells = [f"{v.mean():.3g} ± {v.std(unbiased=len(v) > 1):.2g}" for v in values.T]
-        lines.append(f"| `{name}` | {steps} | " + " | ".join(cells) + " |")
+        lines.append(f"| `{label}` | {steps} | " + " | ".join(cells) + " |")
     Path(folder, "compare.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines) + "\n")
+    print("error: on held-out rows, as a ratio to the first objective's with the same seed; mean "
+          "and sd over seeds\n\n" + "\n".join(lines) + f"\n\n{name_of_distance}\n")
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -463,14 +467,14 @@ def main(argv=None):
             given = runs.agree(lambda: vars(parser().parse_args(argv)))
             given = {name.replace("_", "-"): value for name, value in given.items()}
             if given["preset"] == "list":
-                print("\n".join(f"{name:16}{text}; sample with {how}\n{'':16}" + ", ".join(
-                    f"{key} {value}" for key, value in own.items())
+                print("\n".join(f"{name:16}{text}; sample with {how}" + "".join(
+                    f"\n{'':16}{key} {value}" for key, value in own.items())
                     for name, (own, how, text) in PRESETS.items()))
                 return 0
             own = PRESETS[given["preset"] or "digits"][0]
             given |= {key: value for key, value in own.items() if given[key] is None}
             if own and not given["data"]:
-                raise BadInput(f"--preset {given['preset']} needs your --data")
+                raise BadInput(f"--preset {given['preset']} needs your --data, a folder or zip")
             if given["compare"]:
                 names = (ALL if given["compare"] == "all" else given["compare"]).split(",")
                 return compare(given, names, given["equal"], given["seeds"])

@@ -133,5 +133,6 @@ def test_distances_are_logged_with_their_count_and_the_best_checkpoint_is_kept(c
     assert [Path(p).name for p in runs.checkpoints("run")] == ["checkpoint-0000006.pt"]
     assert runs.load_checkpoint("run/best.pt")["step"] == 4
     assert runs.load_checkpoint("run")["best"] == 2.0
-    assert evaluate.main(["sample", "run/best.pt", "--num", "4", "--steps", "1", "--out",
-                          "best.npz"]) == 0
+    assert evaluate.main(["sample", "run/best.pt", "--num", "4", "--steps", "1", "--sampler", "ddpm",
+                          "--variance", "analytic"]) == 0
+    assert Path("run/ddpm-1-variance-analytic.png").exists()
