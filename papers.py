@@ -642,6 +642,9 @@ def trained_mlp(args, pool, g):
     activation = getattr(torch.nn.functional, args.activation)
     model = MLP(pool.shape[1], args.width, args.depth, activation=activation)
     model.out.reset_parameters()                    # zeros: no gradient behind them at --steps 0
+    if args.activation in ("tanh", "softplus"):     # from torch's small start they stay at F = 0
+        for layer in model.hidden:
+            torch.nn.init.kaiming_normal_(layer.weight)
     net = Denoiser(model, EDM().precondition).to(pool.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.steps, 1))
@@ -727,15 +730,18 @@ def gradvar(args):
         rows.append(row)
         progress("noise levels", len(rows), len(levels))
     print_totals(table, rows)
-    panel = lambda kind, names: dict(y=[f"{kind}:{name}" for name in names], title=kind,
-                                     ylabel="variance over plain DSM's")
+    panel = lambda kind, names, title: dict(y=[f"{kind}:{name}" for name in names], title=title,
+                                            ylabel="variance over plain DSM's")
     names, k = list(table), 2 + len(args.orders)
     taylor, sizes, joint = names[1:k], names[k:-3], [f"stf {args.n[0]}", *names[-3:]]
     show(args, list(row), [list(row.values()) for row in rows], [
-        panel("gradient", taylor), panel("gradient", sizes), panel("gradient", joint),
-        dict(y=[column for column in row if column.startswith("gradient beta")],
+        panel("gradient", taylor, "gradient: controls"),
+        panel("gradient", sizes, "gradient: STF by reference size"),
+        panel("gradient", joint, "gradient: STF with controls"),
+        dict(title="best beta", y=[column for column in row if column.startswith("gradient beta")],
              ylabel="best beta of the gradient", yscale="linear"),
-        panel("Adam", taylor), panel("objective", taylor)])
+        panel("Adam", taylor, "Adam's step: controls"),
+        panel("objective", taylor, "objective: controls")])
 
 
 # ---- Command line --------------------------------------------------------------------------------

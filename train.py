@@ -78,7 +78,8 @@ COUNT, INDEX, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
 
 OPTIONS = {   # name: (type or choices, default or defaults for (digits, points, images), help)
     "data": (str, "digits", "digits, two-gaussians, two-gaussians-64d, checkerboard, swiss-roll, "
-             "cifar10, mnist, or a path: folder of images (sub-folder = class), .zip, .npz, .npy"),
+             "ring, cifar10, mnist, or a path: folder of images (sub-folder = class), .zip, .npz, "
+             ".npy"),
     "data-dir": (str, "data", "where downloads and caches lie"),
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
     "holdout": (INDEX, (0, 0, 100), "every HOLDOUT-th row is kept from training, for the error on "
