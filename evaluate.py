@@ -55,7 +55,7 @@ def extractor(kind, shape, path=None, data_dir="data", device="cpu"):
     path = Path(path or download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256"))
     network = Inception()
     try:
-        network.load_state_dict(torch.load(path, "cpu", weights_only=True))
+        network.load_state_dict(attempt(path, "", torch.load, path, "cpu", weights_only=True))
     except Exception as error:      # torch's own text runs over lines and advises to unpickle
         raise BadInput(f"{path} is not Inception's weights, or not whole "
                        f"({type(error).__name__}); put there {INCEPTION_URL}") from error
@@ -518,9 +518,14 @@ def reference(args, options, shape, num, features):
 def load_statistics(path):
     """What --save-stats wrote, or None where that is another file."""
     with np.load(path, allow_pickle=False) as file:
-        return None if "cov" not in file.files else {
-            name: file[name] if name in ("mean", "cov") else file[name].tolist() for name in (
-                "mean", "cov", "n", "data", "fingerprint", "shape", "features", "floor", "floor_n")}
+        if "cov" not in file.files:
+            return None
+        mean, cov = (file[name].astype(np.float64) for name in ("mean", "cov"))
+        if not (np.isfinite(mean).all() and np.isfinite(cov).all() and cov.shape == 2 * mean.shape):
+            raise ValueError("its mean and covariance are no moments of one set")
+        return dict(mean=mean, cov=cov, n=int(file["n"]), floor=float(file["floor"]),
+                    floor_n=int(file["floor_n"]), **{name: file[name].tolist() for name in (
+                        "data", "fingerprint", "shape", "features")})
 
 
 def nfe(args):

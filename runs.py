@@ -220,13 +220,23 @@ def checkpoints(run):
     return sorted(str(p) for p in Path(run).glob("checkpoint-*.pt"))
 
 
-def read_options(run, needed=()):
-    """The options a run was started with; each of `needed` must be among them."""
+def read_options(run, kinds):
+    """The options a run was started with; each must be of its kind, as in train.OPTIONS."""
+    path = f"{run}/options.json"
+
     def read():
-        options = json.loads(Path(run, "options.json").read_text())
-        [options[name] for name in needed]
+        options = json.loads(Path(path).read_text())
+        [options[name] for name in ("shape", "classes", "fingerprint")]
+        for name, (kind, default, _) in kinds.items():
+            value = options[name]
+            if value is None and "None" in str(default):
+                continue
+            fit = kind if isinstance(kind, list) else (True, False) if kind is bool else \
+                [attempt(f"{name} in {path}", "mend it", kind, str(value))]
+            if value not in fit:
+                raise ValueError(f"{name} is {value}")
         return options
-    return attempt(f"{run}/options.json", "name a folder that train.py made", read)
+    return attempt(path, "mend it, or name a folder that train.py made", read)
 
 
 def write_json(path, value):
@@ -266,6 +276,16 @@ def load_weights(denoiser, weights, run):
     except (RuntimeError, TypeError, AttributeError) as error:     # torch lists every name there is
         raise BadInput(f"the weights of {run} are not of this network; name another run, or build "
                        "the network as that run did") from error
+
+
+def load_optimizer(optimizer, scaler, state, run):
+    def load():
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        for p, own in optimizer.state.items():      # its kernels would read beyond a small tensor
+            if any(value.ndim and value.shape != p.shape for value in own.values()):
+                raise ValueError("it is of another network")
+    attempt(f"the optimizer's state of {run}", "move its newest checkpoint away", load)
 
 
 def build_denoiser(options):

@@ -28,7 +28,7 @@ import torch
 import evaluate
 import papers
 import runs
-from datasets import BadInput, load_data
+from datasets import BadInput, attempt, load_data
 from losses import WEIGHTS
 from networks import UNETS
 from objectives import backward, build_tools, cost, draw_batch, update, update_beta, update_ema
@@ -156,6 +156,7 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
 MAY_CHANGE = {"steps", "device", "compile", "micro-batch", "eval-every", "fid-every", "fid-num",
               "fid-features", "inception", "sample-every", "sample-steps", "checkpoint-every",
               "keep"}                                                          # in --resume
+ALIKE = MAY_CHANGE | {"data", "data-dir", "size", "holdout", "seed", "out"}       # in --compare
 KINDS = ("digits", "points", "images")
 BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",), "tau": ("sa",),
            "level-noise": ("sa",), "order": ("taylor", "stf-taylor"), "control": ("stf-taylor",),
@@ -266,7 +267,8 @@ def resume(given, stored, data, run):
               if given[name] not in (None, stored[name]) and name not in MAY_CHANGE]
     if differ:
         raise BadInput(f"--resume {run}: cannot change {', '.join(differ)}; start a new run")
-    if data.fingerprint != stored["fingerprint"]:
+    if [data.fingerprint, [*data.x.shape[1:]], data.classes if stored["cond"] else []] != [
+            stored[name] for name in ("fingerprint", "shape", "classes")]:
         raise BadInput(f"--resume {run}: the run was trained on other data than {data.source}; "
                        "give it back what it had, or start a new run")
     options = stored | {name: given[name] for name in MAY_CHANGE if given[name] is not None}
@@ -288,9 +290,8 @@ def train(options, data, run, state, denoiser, emas, real):
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, options["beta2"]), fused=True,
                                   weight_decay=options["weight-decay"])
     scaler = torch.amp.GradScaler(device, enabled=options["amp"] == "fp16")
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    if state["optimizer"] is not None:
+        runs.load_optimizer(optimizer, scaler, state, run)
     if tools["beta"] and state["beta"] is not None:
         tools["beta"].sums = state["beta"]
     held, best = runs.held_out(data, options), state["best"]
@@ -426,6 +427,10 @@ def compare(given, names, equal, seeds):
 def variant(name, given):
     """given, and what "LOSS:OPTION=VALUE:.." adds to it, as in stf:ref-batch=256."""
     loss, *more = name.split(":")
+    for option in more:
+        if re.sub("^no-|=.*", "", option) not in OPTIONS.keys() - ALIKE:
+            raise BadInput(f"--compare {name}: --{option} is no option of one objective; leave it "
+                           "out, or give it to all, beside --compare")
     own = vars(parser().parse_args([f"--loss={loss}", *(f"--{option}" for option in more)]))
     own = {key.replace("_", "-"): value for key, value in own.items()}
     return given | {key: own[key] for key in OPTIONS if own[key] is not None}
@@ -476,11 +481,13 @@ def main(argv=None):
             given |= {key: value for key, value in own.items() if given[key] is None}
             if own and not given["data"]:
                 raise BadInput(f"--preset {given['preset']} needs your --data, a folder or zip")
+            if given["compare"] and given["resume"]:
+                raise BadInput("--compare starts new runs; leave --resume out")
             if given["compare"]:
                 names = (ALL if given["compare"] == "all" else given["compare"]).split(",")
                 return compare(given, names, given["equal"], given["seeds"])
             return run_training(given)
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -494,10 +501,9 @@ def run_training(given, brief=False):
     again, dry, run, stored = given["resume"], given["dry-run"], None, {}
     if again:
         run = runs.first(lambda: runs.newest_run("runs") if again == "newest" else again)
-        stored = runs.agree(lambda: runs.read_options(run, [*OPTIONS, "shape", "classes",
-                                                            "fingerprint"]))
+        stored = runs.agree(lambda: runs.read_options(run, OPTIONS))
     if given["init"] and not again:
-        given = runs.agree(lambda: inherit(given, runs.read_options(given["init"], [*OPTIONS])))
+        given = runs.agree(lambda: inherit(given, runs.read_options(given["init"], OPTIONS)))
     where = [given[name] or stored.get(name, OPTIONS[name][1])
              for name in ("data", "data-dir", "size")]
     data, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
@@ -508,6 +514,8 @@ def run_training(given, brief=False):
     name = f"head-{options['head']}" if options["init"] and options["head"] != "none" else \
         options["loss"]
     torch.manual_seed(options["seed"])
+    attempt(f"--sample-steps {options['sample-steps']}", "choose fewer",
+            runs.build_schedule(options).time_steps, options["sample-steps"])
     denoiser = runs.agree(lambda: runs.build_denoiser(options)).to(options["device"])
     if options["loss"] in ("dsm", "stf"):                     # the others' vmap cannot have it
         denoiser.to(memory_format=torch.channels_last)
@@ -569,7 +577,7 @@ def starting_state(options, denoiser, emas, run):
         state = runs.load_checkpoint(run, options["device"])
         runs.load_weights(denoiser, state["model"], run)
         for half_life, ema in emas.items():
-            runs.load_weights(ema, state["ema"][half_life], run)
+            runs.load_weights(ema, state["ema"].get(half_life), run)
     elif options["init"]:
         weights = runs.load_run(options["init"], options["device"])[0].state_dict()
         for network in (denoiser, *emas.values()):
