@@ -234,7 +234,7 @@ def effective_size(x0, noise, levels, reference):
 
 def log_density(schedule, levels):
     """The density of ln sigma in training, du/d ln sigma of training_sigma(u): (L,) -> an array."""
-    u = torch.special.ndtr(torch.linspace(-7, 7, 20_001, dtype=torch.float64))
+    u = torch.special.ndtr(torch.linspace(-6, 6, 20_001, dtype=torch.float64))
     z = schedule.training_sigma(u).log()
     return np.interp(levels.log(), z, np.gradient(u, z), left=0, right=0)
 
