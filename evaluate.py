@@ -38,7 +38,7 @@ def pixel_features(x, side=16):
     """Images (n, C, H, W) averaged down to at most side x side, or points: float64 (n, d)."""
     if x.ndim == 4 and x.shape[-1] > side:
         x = torch.nn.functional.adaptive_avg_pool2d(x, side)
-    return x.flatten(1).double().cpu().numpy()
+    return x.flatten(1).double()
 
 
 def extractor(kind, shape, path=None, data_dir="data", device="cpu"):
@@ -50,8 +50,8 @@ def extractor(kind, shape, path=None, data_dir="data", device="cpu"):
     if kind == "inception" and len(shape) == 1:
         raise BadInput("Inception's features are of images; choose pixels for points")
     if kind == "pixels":
-        return kind, lambda x: (torch.from_numpy(pixel_features(
-            load_rows(x, torch.arange(len(x)), None, "cpu"))), None)
+        return kind, lambda x: (pixel_features(load_rows(x, torch.arange(len(x)), None, "cpu")),
+                                None)
     path = Path(path or download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256"))
     network = Inception()
     try:
@@ -110,11 +110,6 @@ def measure(batches, extract, count=0):
 
 
 # ---- Distances -----------------------------------------------------------------------------------
-
-def moments(features):
-    """(n, d) -> mean (d,) and covariance (d, d), float64."""
-    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False, dtype=np.float64))
-
 
 def frechet_distance(mean1, cov1, mean2, cov2):
     """Squared Frechet distance of two Gaussians: FID, where the features are Inception's.
@@ -231,14 +226,6 @@ def run_distance(denoise, options, num, features, real):
 
 # ---- Report --------------------------------------------------------------------------------------
 
-def real_features(data, seed, count=10_000):
-    """pixel_features of random rows of the data."""
-    rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:count]
-    pixels = torch.from_numpy(data.x)
-    return np.concatenate([pixel_features(load_rows(pixels, r, None, "cpu"))
-                           for r in rows.split(500)])
-
-
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)     # sigma, of the tables
 
 
@@ -290,22 +277,22 @@ def noise_table(options, data, ema, count=128):
 
 
 def report(options, data, run, ema, seconds, count=128):
-    """What a person wants to know at the end, on the terminal and as the log's last line."""
-    table = noise_table(options, data, ema.eval())
-    count = min(count, len(data.x) // 2)
-    labels = torch.arange(count) % len(options["classes"]) if options["cond"] else None
-    fake = generate(ema, range(count), options["shape"], "heun", build_schedule(options),
-                    options["sample-steps"], labels, device=options["device"])
-    real = real_features(data, options["seed"])
-    reference = moments(real[count:])
-    distance, floor = (frechet_distance(*moments(features), *reference)
-                       for features in (pixel_features(fake), real[:count]))
+    """What a person wants to know at the end, on the terminal and as the log's last line.
+
+    Every rank draws its share of the samples; the first one tells.
+    """
+    count, features = min(count, len(data.x) // 2), extractor("pixels", options["shape"])
+    real, _ = real_statistics(data, count, features, options["seed"], most=10_000)
+    _, distance, floor = run_distance(ema.eval(), options, count, features, real)
+    if ranks()[0] > 0:
+        return
+    table, classes = noise_table(options, data, ema), options["cond"]
     print(f"{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
           "   sigma   DSM loss   STF loss   sources averaged  target noise in DSM\n"
-          f"{'':33}by STF (ESS){'*' * bool(labels is not None):6}(chance no network can learn)")
+          f"{'':33}by STF (ESS){'*' * classes:6}(chance no network can learn)")
     for sigma, dsm, stf, size in table:
         print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {size:15.1f} {1 - stf / dsm:12.0%}")
-    if labels is not None:
+    if classes:
         print("* of the same class only")
     space = "pixel space" if data.x.ndim == 4 else "the points' space"
     print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
@@ -473,7 +460,8 @@ def samples_of(args):
                         + ", seed 0" * (args.seed == 0))
     else:
         if not args.ref:
-            raise BadInput("--ref is missing: name the images to compare these with")
+            raise BadInput(f"{args.run} is no run; if it is images, name others with --ref, to "
+                           "compare them with")
         usual, options = parser().parse_args(["fid", args.run]), None
         for name in ("sampler", "steps", "guidance", "schedule", "weights", *CHOICES):
             if getattr(args, name) != getattr(usual, name):

@@ -454,9 +454,10 @@ class RunningBeta:
                 value, parameters, one, retain_graph=True, is_grads_batched=True)], dim=1)
             for value in (loss, control))                                         # (m, p)
         new = torch.stack([(g_loss * g_control).sum(1), (g_control ** 2).sum(1), one.sum(1)])
+        new = torch.where(new.isfinite().all(0), new, 0).to(self.sums)            # (3, m)
         k = self.bin(sigma.flatten())
-        count = torch.zeros_like(self.sums[0]).index_add(0, k, one.sum(1).to(self.sums))
-        self.sums = (self.sums * self.decay ** count).index_add(1, k, new.to(self.sums))
+        count = torch.zeros_like(self.sums[0]).index_add(0, k, new[2])
+        self.sums = (self.sums * self.decay ** count).index_add(1, k, new)
 
 
 # ---- Second heads --------------------------------------------------------------------------------

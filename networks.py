@@ -192,15 +192,17 @@ class Block(nn.Module):
         else:
             h = F.silu(self.norm1(h + e))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = self.scale * (h + (x if self.skip is None else self.skip(x)))
-        return self.scale * (x + self.attend(x)) if self.heads else x
+        x = (h + (x if self.skip is None else self.skip(x))).mul_(self.scale)
+        return (x + self.attend(x)).mul_(self.scale) if self.heads else x
 
     def attend(self, x):
         """Softmax attention over the pixels.  The published layout interleaves q, k, v channels."""
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(B, self.heads, C // self.heads, 3, H * W)
-        q, k, v = qkv.transpose(2, 4).unbind(3)                         # (B, heads, HW, C/heads)
-        a = F.scaled_dot_product_attention(q, k, v)
+        qkv = qkv.permute(3, 0, 1, 4, 2)                             # (3, B, heads, HW, C/heads)
+        if x.is_cuda:
+            qkv = qkv.contiguous()            # as fused kernels need it; CPUs' know no vmap
+        a = F.scaled_dot_product_attention(*qkv)                        # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(B, C, H, W))
 
 

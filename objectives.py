@@ -307,3 +307,14 @@ def cost(options, data, equal):
         backward(options, denoiser, batch, tools, scaler, step).tolist()
         times.append(time.time())
     return times[-1] - times[0]
+
+
+def memory(options, denoiser, data):
+    """Bytes, by what they are for; what the network's activations take is not among them."""
+    weights = 4 * sum(p.numel() for p in denoiser.parameters())
+    B, n, row = options["batch"] // ranks()[1], options["ref-batch"], data.x[0].nbytes
+    sizes = {"weights and gradients": 2 * weights, "AdamW's two moments": 2 * weights,
+             "weight averages": weights * len(options["ema"].split(",")), "the data": data.x.nbytes}
+    if "stf" in options["loss"]:                          # rows in their own type, 512 as float64
+        sizes["STF: reference and weights"] = n * row + 16 * B * n + 512 * 12 * data.x[0].size
+    return sizes

@@ -661,6 +661,9 @@ def trained_mlp(args, pool, g):
 def measured(args, g):
     """A denoiser, rows it was trained on, their labels, and lambda: the RUN's, or trained_mlp's."""
     device, options = pick_device(args.device), {"cond": False}
+    for name in ("data", "activation", "width", "depth", "steps"):
+        if args.run and getattr(args, name) != FIGURES["gradvar"][2][f"--{name}"]:
+            raise BadInput(f"--{name} is for the network trained here; leave it out for a RUN")
     if args.run:
         net, options, _ = load_run(args.run, device)
     data = run_data(options) if args.run else load_data(args.data, args.data_dir)

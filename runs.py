@@ -195,14 +195,18 @@ SAVED = {"step": int, "options": dict, "model": dict, "ema": dict, "optimizer": 
          "scaler": dict, "beta": object, "skipped": list, "best": float}       # in a checkpoint
 
 
+def check_empty(out):
+    if os.path.isdir(out) and os.listdir(out):
+        raise BadInput(f"{out} is not empty; choose another --out, or go on with --resume {out}")
+
+
 def new_run(out, name, root="runs"):
     """Makes the folder of a new run: `out`, or the next free root/NUMBER-name; returns its path."""
     if out is None:
         taken = [int(n.split("-")[0]) for n in os.listdir(root) if n.split("-")[0].isdigit()] \
             if os.path.isdir(root) else []
         out = f"{root}/{max(taken, default=-1) + 1:03d}-{name}"
-    if os.path.isdir(out) and os.listdir(out):
-        raise BadInput(f"{out} is not empty; choose another --out, or go on with --resume {out}")
+    check_empty(out)
     attempt(out, "choose another --out", os.makedirs, out, exist_ok=True)
     return out
 

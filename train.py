@@ -31,7 +31,8 @@ import runs
 from datasets import BadInput, attempt, load_data
 from losses import WEIGHTS
 from networks import UNETS
-from objectives import backward, build_tools, cost, draw_batch, update, update_beta, update_ema
+from objectives import (backward, build_tools, cost, draw_batch, memory, update, update_beta,
+                        update_ema)
 from runs import Log, even, lengths, multipliers, number, ranks, save_samples
 from schedules import SCHEDULES
 
@@ -76,13 +77,21 @@ PRESETS = {   # the papers' runs: (options beside the defaults, how samples are 
 
 COUNT, INDEX, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
 
+
+def holdout(text):
+    """A type for argparse: 0, or a number that leaves something to train on."""
+    if INDEX(text) == 1:
+        raise argparse.ArgumentTypeError("1 would leave nothing to train on")
+    return int(text)
+
+
 OPTIONS = {   # name: (type or choices, default or defaults for (digits, points, images), help)
     "data": (str, "digits", "digits, two-gaussians, two-gaussians-64d, checkerboard, swiss-roll, "
              "ring, cifar10, mnist, or a path: folder of images (sub-folder = class), .zip, .npz, "
              ".npy"),
     "data-dir": (str, "data", "where downloads and caches lie"),
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
-    "holdout": (INDEX, (0, 0, 100), "every HOLDOUT-th row is kept from training, for the error on "
+    "holdout": (holdout, (0, 0, 100), "every N-th row is kept from training, for the error on "
                 "held-out rows; built-in sets draw fresh ones instead"),
     "cond": (bool, (True, False, False), "class-conditional"),
     "xflip": (bool, False, "mirror each image with probability 1/2"),
@@ -177,7 +186,7 @@ def parser():
         elif isinstance(kind, list):
             how = dict(choices=kind)
         else:
-            words = {"int": "N", "even": "N", "float": "X"}
+            words = {"int": "N", "even": "N", "holdout": "N", "float": "X"}
             how = dict(type=kind, metavar=words.get(kind.__name__, name.upper()))
         p.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
     p.add_argument("--preset", choices=[*PRESETS, "list"], help="a paper's run; options "
@@ -235,7 +244,6 @@ def resolve(given, data):
          "variance to the noise's; train the head afterwards, with --init RUN"),
         (head and options["loss"] == "sa", "--head is trained at one noise level at a time; choose "
          "another --loss than sa"),
-        (options["holdout"] == 1, "--holdout 1 would leave nothing to train on"),
         (options["batch"] < ranks()[1], f"--batch is less than the {ranks()[1]} ranks"),
         (options["augment"] and kind == 1, "--augment: its transforms are for images"),
         (options["cond"] and data.labels is None, f"--cond: {data.name} has no labels"),
@@ -295,7 +303,7 @@ def train(options, data, run, state, denoiser, emas, real):
     if tools["beta"] and state["beta"] is not None:
         tools["beta"].sums = state["beta"]
     held, best = runs.held_out(data, options), state["best"]
-    log = Log(run, options, state["step"], state["skipped"])
+    log, done = Log(run, options, state["step"], state["skipped"]), True
 
     with Signals() as signals:
         for step in range(state["step"], options["steps"]):
@@ -499,6 +507,8 @@ def main(argv=None):
 def run_training(given, brief=False):
     """The command, with every option given, or None; brief: without samples and report."""
     again, dry, run, stored = given["resume"], given["dry-run"], None, {}
+    if given["out"] and not again:
+        runs.agree(lambda: runs.check_empty(given["out"]))
     if again:
         run = runs.first(lambda: runs.newest_run("runs") if again == "newest" else again)
         stored = runs.agree(lambda: runs.read_options(run, OPTIONS))
@@ -522,8 +532,10 @@ def run_training(given, brief=False):
     describe(options, data, denoiser, name)
     if dry:
         print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
+        sizes = memory(options, denoiser, data)
+        sizes["sum, without activations"] = sum(sizes.values())
         print("\n".join(f"memory  {what:28}{size / 2 ** 20:10,.0f} MiB"
-                        for what, size in memory(options, denoiser, data).items()))
+                        for what, size in sizes.items()))
         return 0
 
     emas = {half_life: copy.deepcopy(denoiser).requires_grad_(False)
@@ -541,11 +553,13 @@ def run_training(given, brief=False):
     done = train(options, data, run, state, denoiser, emas, real)
     if not done:
         print(f"stopped by a signal; to go on: python train.py --resume {run}")
-    elif ranks()[0] == 0 and not brief:
-        save_samples(run, options["steps"], denoiser, ema_of(emas), options, data)
+    elif not brief:
         evaluate.report(options, data, run, ema_of(emas), time.time() - start)
-        print(f"samples     {run}/samples-{options['steps']:07d}.png\nlog         {run}/log.jsonl\n"
-              f"checkpoint  {runs.checkpoints(run)[-1]}\n"
+        if ranks()[0] == 0:
+            save_samples(run, options["steps"], denoiser, ema_of(emas), options, data)
+        step = f"{options['steps']:07d}"
+        print(f"samples     {run}/samples-{step}.png\nlog         {run}/log.jsonl\n"
+              f"checkpoint  {run}/checkpoint-{step}.pt\n"
               f"next        python evaluate.py sample {run}")
     return 0
 
@@ -557,17 +571,10 @@ def describe(options, data, denoiser, name):
           f"loss      {name}, schedule {options['schedule']}, "
           f"{options['steps']} steps of {options['batch']}, on {options['device']}"
           + f" x {ranks()[1]}" * (ranks()[1] > 1))
-
-
-def memory(options, denoiser, data):
-    """Bytes, by what they are for; what the network's activations take is not among them."""
-    weights = 4 * sum(p.numel() for p in denoiser.parameters())
-    B, n, row = options["batch"] // ranks()[1], options["ref-batch"], data.x[0].nbytes
-    sizes = {"weights and gradients": 2 * weights, "AdamW's two moments": 2 * weights,
-             "weight averages": weights * len(options["ema"].split(",")), "the data": data.x.nbytes}
-    if "stf" in options["loss"]:                          # rows in their own type, 512 as float64
-        sizes["STF: reference and weights"] = n * row + 16 * B * n + 512 * 12 * data.x[0].size
-    return sizes
+    images, share = options["steps"] * options["batch"], options["ema-rampup"]
+    if any(int(half_life) > images for half_life in options["ema"].split(",")):
+        print(f"warning   --ema {options['ema']}: a half-life of more than the {images} images of "
+              f"this run; --ema-rampup {share} keeps it below {share * images:g}")
 
 
 def starting_state(options, denoiser, emas, run):
@@ -582,7 +589,8 @@ def starting_state(options, denoiser, emas, run):
         weights = runs.load_run(options["init"], options["device"])[0].state_dict()
         for network in (denoiser, *emas.values()):
             runs.load_weights(network, network.state_dict() | weights, options["init"])
-    if state["step"] >= options["steps"]:
+    drawn = os.path.exists(f"{run}/samples-{options['steps']:07d}.png")   # else a report is due
+    if state["step"] + drawn > options["steps"]:
         raise BadInput(f"{run} has its {state['step']} steps; give --steps a larger number")
     return state
 

@@ -315,6 +315,7 @@ OPTIONS = {name: (None, *case) for name, case in {
     "gap on no device": ("evaluate gap points --device abacus", "--device"),
     "gap into a file": ("evaluate gap points --num 2 --out points.npy", "--out"),
     "gradvar of an order 3": ("evaluate gradvar --data points.npy --orders 3", "[0, 2]"),
+    "gradvar of a run and a set": ("evaluate gradvar points --data checkerboard", "leave it out"),
     "gradvar of references too few": ("evaluate gradvar --data points.npy --n 1", "larger --n"),
 }.items()}
 
@@ -426,6 +427,7 @@ RUNS = {
     "an optimizer of other shapes": (lambda: optimizer(lambda o: o["state"][0].update(
         exp_avg=torch.ones(3))), RESUME, "optimizer"),
     "options.json of text": (partial(write, "points/options.json", b"text"), RESUME, "cannot use"),
+    "all held out in options.json": (lambda: options(holdout=1), RESUME, "holdout"),
     "options.json that is empty": (partial(write, "points/options.json", b""),
                                    "train --init points --head npr", "options.json"),
     "half of options.json": (lambda: cut("points/options.json"), RESUME, "options.json"),

@@ -46,13 +46,6 @@ def test_frechet_is_zero_with_itself_symmetric_and_finite_when_singular():
     assert np.isfinite(forth) and forth == pytest.approx(back, rel=1e-6)
 
 
-def test_moments_are_those_of_the_rows():
-    x = np.random.default_rng(0).standard_normal((50, 3))
-    mean, cov = evaluate.moments(x)
-    assert np.allclose(mean, x.mean(0))
-    assert np.allclose(cov, (x - mean).T @ (x - mean) / 49)
-
-
 def test_pixel_features_are_the_pixels_averaged_to_at_most_16():
     x = torch.randn(2, 3, 32, 32)
     assert evaluate.pixel_features(x).shape == (2, 3 * 256)

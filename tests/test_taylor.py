@@ -770,6 +770,14 @@ def test_running_beta_is_the_mean_of_its_bin_with_older_samples_decayed():
     assert beta.sums.count_nonzero() == 3
 
 
+def test_running_beta_leaves_out_what_is_not_finite():
+    beta, theta = RunningBeta(), torch.ones(1, requires_grad=True)
+    for value in (math.inf, 2.0, math.nan):
+        a, c = torch.tensor([value]), torch.ones(1)
+        beta.update(torch.tensor([[0.1]]), a * theta, c * theta, [theta])
+    assert beta.sums[:, beta.bin(torch.tensor(0.1))].tolist() == [2.0, 1.0, 1.0]
+
+
 def test_running_beta_neither_changes_the_graph_nor_adds_to_it():
     net, g = denoiser(), generator(7)
     sigma, beta = torch.logspace(-2, 0, 16)[:, None], RunningBeta()

@@ -392,6 +392,25 @@ def test_a_resumed_run_has_its_control_coefficients(capsys):
     assert all(torch.equal(whole["model"][k], half["model"][k]) for k in whole["model"])
 
 
+def test_a_run_killed_before_its_report_gets_it_on_resume(capsys):
+    assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
+    want = capsys.readouterr().out.split("minutes")[1]
+    log = Path("run/log.jsonl").read_text().splitlines(keepends=True)
+    Path("run/samples-0000002.png").unlink()
+    Path("run/log.jsonl").write_text("".join(log[:-1]))
+    assert train.main(["--resume", "run"]) == 0
+    assert capsys.readouterr().out.split("minutes")[1] == want
+    assert Path("run/log.jsonl").read_text().splitlines(keepends=True) == log
+    assert train.main(["--resume", "run"]) == 2 and "--steps" in capsys.readouterr().err
+
+
+def test_a_half_life_beyond_the_run_is_told(capsys):
+    for half_life, told in (("64", False), ("65,8", True)):
+        argv = [*POINTS, "--steps", "2", "--batch", "32", "--ema", half_life, "--dry-run"]
+        assert train.main(argv) == 0
+        assert ("more than the 64 images" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize("arch", ["unet", "ddpmpp", "ncsnpp", "adm"])
 def test_every_arch_trains_on_images(arch, capsys):
     assert train.main(["--data", "images.npz", "--arch", arch, *TINY, "--steps", "2"]) == 0
