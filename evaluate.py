@@ -224,6 +224,14 @@ def run_distance(denoise, options, num, features, real):
     return distance_name(features[0], num), distance, real["floor"]
 
 
+def real_ones(options, data):
+    """What run_distance compares with, as --fid-* say: count, features, the data's statistics."""
+    features = extractor(options["fid-features"], options["shape"], options["inception"],
+                         options["data-dir"], options["device"])
+    num = options["fid-num"]
+    return num, features, real_statistics(data, num, features, most=50_000)[0]
+
+
 # ---- Report --------------------------------------------------------------------------------------
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)     # sigma, of the tables

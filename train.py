@@ -5,9 +5,8 @@
     python train.py --data FOLDER|FILE --cond     your own images or points, class-conditional
     python train.py --resume                      go on with the newest run
 
-One step: (seed, step) -> indices, sigma, noise -> loss (B,) -> mean -> backward -> AdamW -> EMA.
-The batch is a pure function of (seed, step): no loader, no worker, no state to save.  So a run that
-is killed and resumed is the run that was not, and two losses can be compared on the same noise.
+What a step does is in objectives.py.  Its batch is a pure function of (seed, step): a run that is
+killed and resumed is the run that was not, and two losses can be compared on the same noise.
 """
 
 import argparse
@@ -92,18 +91,20 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "data-dir": (str, "data", "where downloads and caches lie"),
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
     "holdout": (holdout, (0, 0, 100), "every N-th row is kept from training, for the error on "
-                "held-out rows; built-in sets draw fresh ones instead"),
+                "held-out rows, 0: none; built-in sets draw fresh ones instead"),
     "cond": (bool, (True, False, False), "class-conditional"),
     "xflip": (bool, False, "mirror each image with probability 1/2"),
     "augment": (SHARE, 0.0, "probability of each of EDM's geometric transforms, as in .12"),
-    "loss": (["stf", "dsm", "antithetic", "sa", "taylor", "stf-taylor"], "stf", "objective"),
+    "loss": (["stf", "dsm", "antithetic", "sa", "taylor", "stf-taylor"], "stf", "score matching "
+             "with stable targets (stf), plain (dsm), on pairs of opposite noises (antithetic); "
+             "sequence-aware (sa); with Taylor control variates (taylor), and STF (stf-taylor)"),
     "ref-batch": (COUNT, (1024, 1024, 4096), "size n of STF's reference, the batch included"),
     "mean-correction": (bool, True, "correct what STF's targets of a batch have in common"),
     "K": (COUNT, 2, "sa: consecutive levels"),
     "lam": (number(float, 0), None, "sa: weight of the term of K errors; by default 0, 1, .3 for K "
             "= 1, 2, 3, then .2"),
-    "tau": (["unit", "window", "paper"], "unit", "sa: factors of the K errors: 1, as published; "
-            "Theorem 1's, as shares of the first; Theorem 1's"),
+    "tau": (["unit", "window", "paper"], "unit", "sa: factors of the K errors: all 1, as "
+            "published (unit); Theorem 1's (paper); these over the first of them (window)"),
     "level-noise": (["independent", "path"], "independent", "sa: noises of the K levels, as "
                     "published, or of one path, nearly unbiased"),
     "order": (number(int, 0, 2), 0, "taylor: of the polynomial around the clean image"),
@@ -125,7 +126,8 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "P-mean": (number(float, -10, 10), (-0.5, -1.2, -1.2), "edm trains on ln sigma ~ N(P_mean, "
                "P_std^2); digits: more noise, where their shapes are decided"),
     "P-std": (number(float, 0.01, 10), (1.0, 1.2, 1.2), "see P-mean"),
-    "arch": (["mlp", *UNETS], ("unet", "mlp", "ddpmpp"), "network"),
+    "arch": (["mlp", *UNETS], ("unet", "mlp", "ddpmpp"), "mlp: for points; unet: "
+             "a small one; ddpmpp, ncsnpp, adm: as published with EDM"),
     "width": (even, (None, 128, None), "channels at the first level; none: the arch's own"),
     "mult": (multipliers, None, "width multipliers of the levels, as in 1,2,2; none: the arch's"),
     "blocks": (COUNT, None, "blocks per level; none: the arch's own"),
@@ -147,7 +149,7 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
             "on GPUs that have it"),
     "compile": (bool, False, "torch.compile the network"),
     "micro-batch": (COUNT, None, "samples a rank has in memory at a time; none: its whole share"),
-    "seed": (number(int, 0, 2 ** 32 - 1), 0, "of the whole run"),
+    "seed": (number(int, 0, 2 ** 32 - 1), 0, "of weights, batches and noise"),
     "device": (str, None, "none: cuda where there is one, else cpu"),
     "out": (str, None, "the run's folder; none: runs/NUMBER-DATA-LOSS"),
     "eval-every": (INDEX, (250, 1000, 5000), "steps between the errors on held-out rows and frozen "
@@ -167,6 +169,11 @@ MAY_CHANGE = {"steps", "device", "compile", "micro-batch", "eval-every", "fid-ev
               "keep"}                                                          # in --resume
 ALIKE = MAY_CHANGE | {"data", "data-dir", "size", "holdout", "seed", "out"}       # in --compare
 KINDS = ("digits", "points", "images")
+WORDS = dict(data="SET", init="RUN", device="NAME", inception="FILE", mult="N,..", attend="N,..",
+             ema="N,..")                                                       # in --help
+GROUPS = {"data": "data", "loss": "objective", "sigma-draw": "noise levels and weights",
+          "arch": "network", "steps": "optimisation", "amp": "machine and run",
+          "eval-every": "what is watched and kept"}            # first option: heading in --help
 BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",), "tau": ("sa",),
            "level-noise": ("sa",), "order": ("taylor", "stf-taylor"), "control": ("stf-taylor",),
            "trace": ("taylor", "stf-taylor"), "switch-sigma": ("stf-taylor",),
@@ -176,8 +183,21 @@ ALL = ("dsm,dsm:batch=32,antithetic,stf,stf:no-mean-correction,sa,sa:level-noise
 
 
 def parser():
-    p = runs.Parser(prog="train.py", description="Train a diffusion model.  Without options: "
-                        "digits, STF, under three minutes on two idle CPU cores.")
+    p = runs.Parser(prog="train.py", usage="python train.py [OPTION ..]", description="Train a "
+                    "diffusion model.  Without options: digits, STF, under three minutes on two "
+                    "idle CPU cores.")
+    p.add_argument("--preset", choices=[*PRESETS, "list"], metavar="NAME", help="a paper's run; "
+                   "options beside it override its own; list: print them all")
+    p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
+                   f"with the newest one; may change: {', '.join(sorted(MAY_CHANGE))}")
+    p.add_argument("--compare", metavar="A,B,..", help="train several objectives alike and print a "
+                   f"table: dsm, stf, .., with own options as in stf:ref-batch=256; or all: {ALL}")
+    p.add_argument("--equal", choices=["calls", "time", "steps"], default="calls", help="what all "
+                   "objectives of --compare get alike: calls of the network (default), time, steps")
+    p.add_argument("--seeds", type=COUNT, default=2, metavar="N",
+                   help="runs of each in --compare (default: 2)")
+    p.add_argument("--dry-run", action="store_true", help="print every option, resolved, and the "
+                   "memory it takes, and exit")
     for name, (kind, default, text) in OPTIONS.items():
         shown = default if not isinstance(default, tuple) else ", ".join(
             f"{k} {v}" for k, v in zip(KINDS, default))
@@ -186,20 +206,10 @@ def parser():
         elif isinstance(kind, list):
             how = dict(choices=kind)
         else:
-            words = {"int": "N", "even": "N", "holdout": "N", "float": "X"}
-            how = dict(type=kind, metavar=words.get(kind.__name__, name.upper()))
-        p.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
-    p.add_argument("--preset", choices=[*PRESETS, "list"], help="a paper's run; options "
-                   "beside it override its own; list: print them all")
-    p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
-                   f"with the newest one; may change: {', '.join(sorted(MAY_CHANGE))}")
-    p.add_argument("--compare", metavar="A,B,..", help="train several objectives alike and print a "
-                   "table: dsm, stf, .., with own options as in stf:ref-batch=256; or all: "
-                   f"{ALL}")
-    p.add_argument("--equal", choices=["calls", "time", "steps"], default="calls", help="what all "
-                   "objectives of --compare get alike: calls of the network (default), time, steps")
-    p.add_argument("--seeds", type=COUNT, default=2, help="runs of each in --compare (default: 2)")
-    p.add_argument("--dry-run", action="store_true", help="print every resolved option and exit")
+            word = {"float": "X", "str": "FOLDER"}.get(kind.__name__, "N")
+            how = dict(type=kind, metavar=WORDS.get(name, word))
+        group = p.add_argument_group(GROUPS[name]) if name in GROUPS else group
+        group.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
     return p
 
 
@@ -343,14 +353,6 @@ def train(options, data, run, state, denoiser, emas, real):
     return done
 
 
-def real_ones(options, data):
-    """What evaluate.run_distance compares with: count, features, the data's statistics."""
-    features = evaluate.extractor(options["fid-features"], options["shape"], options["inception"],
-                                  options["data-dir"], options["device"])
-    num = options["fid-num"]
-    return num, features, evaluate.real_statistics(data, num, features, most=50_000)[0]
-
-
 def held_out_error(denoiser, emas, held):
     """What a log line says of it: E|D - x0|^2/d at each noise level, raw and averaged weights."""
     error = {name: evaluate.denoising_error(model.eval(), *held)
@@ -410,7 +412,7 @@ def compare(given, names, equal, seeds):
     plans = [(name, resolve(variant(name, given), data)) for name in names]       # all, before any
     costs = [cost(options, data, equal) for _, options in plans]
     folder, table, curves = runs.new_run(given["out"], f"{data.name}-compare"), [], []
-    real = real_ones(plans[0][1], data)
+    real = evaluate.real_ones(plans[0][1], data)
     for (name, options), price in zip(plans, costs):
         steps, found = 5 * max(1, round(plans[0][1]["steps"] * costs[0] / price / 5)), []
         for seed in range(seeds):
@@ -499,8 +501,7 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; --resume goes on from the last checkpoint, or starts again "
-              "where there is none", file=sys.stderr)
+        print("\ntrain.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -541,7 +542,7 @@ def run_training(given, brief=False):
     emas = {half_life: copy.deepcopy(denoiser).requires_grad_(False)
             for half_life in options["ema"].split(",")}
     state = runs.agree(lambda: starting_state(options, denoiser, emas, run))
-    real = real_ones(options, data) if options["fid-every"] else None
+    real = evaluate.real_ones(options, data) if options["fid-every"] else None
     run = run or runs.first(lambda: runs.new_run(options["out"], f"{data.name}-{name}"))
     if ranks()[0] == 0:
         runs.write_json(os.path.join(run, "options.json"), options)
