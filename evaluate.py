@@ -299,13 +299,22 @@ def report(options, data, run, ema, seconds, count=128):
           "   sigma   DSM loss   STF loss   sources averaged  target noise in DSM\n"
           f"{'':33}by STF (ESS){'*' * classes:6}(chance no network can learn)")
     for sigma, dsm, stf, size in table:
-        print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {size:15.1f} {1 - stf / dsm:12.0%}")
+        chance = 1 - stf / dsm
+        print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {size:15.1f} {chance:12.0%}   "
+              + "#" * (chance > 0 and round(20 * chance)))
     if classes:
         print("* of the same class only")
     space = "pixel space" if data.x.ndim == 4 else "the points' space"
     print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
           f"{2 * options['sample-steps'] - 1}): {distance:.3f}\n"
-          f"{'the floor, ' + str(count) + ' real samples instead':>40}: {floor:.3f}\n")
+          f"{'the floor, ' + str(count) + ' real samples instead':>40}: {floor:.3f}\n"
+          "both fall with the number of samples: compare the same number only\n")
+    columns = ["sigma", "against x0 (DSM)", "against STF's target", "chance"]
+    draw(f"{run}/where-stf-acts.png", columns, [
+        [sigma, dsm, stf, 1 - stf / dsm] for sigma, dsm, stf, _ in table], [
+        dict(y=columns[1:3], ylabel="weighted loss of one network"),
+        dict(y=["chance"], ylabel="share of chance in DSM's loss", legend=False,
+             yscale="linear", bottom=0)], f"{run}: where STF acts")
     with open(os.path.join(run, "log.jsonl"), "a") as f:
         f.write(json.dumps(dict(step=options["steps"], frechet_pixels=distance, floor=floor,
                                 count=count, loss_by_sigma=table)) + "\n")

@@ -5,15 +5,16 @@
     weight(sigma) -> lambda    the weight on |D - x0|^2, e.g. a schedule row's
     every loss returns (B,);  every shape rank works: (B, 2) points as well as (B, C, H, W)
 
-|.|^2 is the mean over a sample's coordinates, so that losses compare across sizes; published code
-sums.  Labels are bound to `denoise` by the caller, and appear here only where references of another
-class must not count.
+D seen otherwise: eps_hat = (x - D)/sigma, score = (D - x)/sigma^2.  In losses and their controls
+|.|^2 and a.b are means over a sample's coordinates, so that losses compare across sizes (published
+code sums); elsewhere, as in STF's |x - y_k|^2, they are sums.  Labels are bound to `denoise` by the
+caller, and appear here only where references of another class must not count.
 
-Sources: EDM = Karras et al. 2022;  STF = Xu, Tong, Jaakkola 2023, "Stable Target Field for Reduced
-Variance Score Estimation in Diffusion Models";  SA = "On Inference Stability for Diffusion Models",
-2024 (SA-K-DPM);  DB = Yu et al. 2024, "Unmasking Bias in Diffusion Model Training";  TCV = Jeha et
+Sources: EDM = Karras et al. 2022; STF = Xu et al. 2023, "Stable Target Field for Reduced Variance
+Score Estimation in Diffusion Models"; SA = Nguyen et al. 2024, "On Inference Stability for
+Diffusion Models"; DB = Yu et al. 2024, "Unmasking Bias in Diffusion Model Training"; TCV = Jeha et
 al. 2024, "Variance reduction of diffusion model's gradients with Taylor approximation-based control
-variate";  P2 = Choi et al. 2022;  Min-SNR = Hang et al. 2023.
+variate"; P2 = Choi et al. 2022; Min-SNR = Hang et al. 2023; SN/NPR-DPM = Bao et al. 2022.
 """
 
 import torch
@@ -36,8 +37,7 @@ def constant_weight(sigma):
 def p2_weight(sigma, k=1.0, gamma=1.0):
     """lambda = 1/(sigma^2 (k + SNR)^gamma): w_eps = 1/(k + SNR)^gamma (P2).
 
-    Written in sigma, so that SNR = infinity gives no inf/inf: for gamma = 1, 1/(1 + k sigma^2).
-    Needs: nothing.
+    Written in sigma: no inf/inf at SNR = inf; for gamma = 1, 1/(1 + k sigma^2).  Needs: nothing.
     """
     return sigma ** (2 * gamma - 2) / (k * sigma ** 2 + 1) ** gamma
 
@@ -126,9 +126,9 @@ def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=5
 
     x (B, ...), sigma (B, 1, ..., 1), reference (n, ...), like x or uint8 images that stand for
     [-1, 1], on any device -> (B, n) float64.  Time O(B n d), memory O(B n + chunk d), never
-    (B, n, d).  With labels (B,) and reference_labels (n,) only references
-    of the sample's own class count, as a class-conditional D demands; NaN where there is none.
-    1/sum_k w_k^2 is the effective sample size: where it is 1, the target is x0 and nothing is won.
+    (B, n, d).  With labels (B,) and reference_labels (n,) only references of the sample's own class
+    count, as a class-conditional D demands; NaN where there is none.  1/sum_k w_k^2 is the
+    effective sample size: where it is 1, the target is x0 and nothing is won.
 
     float64 inside, whatever the inputs and autocast: the difference of two large products, over
     sigma^2, leaves float32 no digits between near-duplicates at small sigma.  Needs: rows.
@@ -145,17 +145,18 @@ def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=5
 
 @torch.no_grad()
 def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=512):
-    """Stable target: E[x0 | x] when x0 is one of the rows y_k of a reference batch (STF eq. 5-7).
+    """Stable target: E[x0 | x] when x0 is one of the rows y_k of a reference batch (STF eq. 5).
 
         w = softmax_k(-|x - y_k|^2 / (2 sigma^2)),      target = sum_k w_k y_k
 
+    The paper's is this one's score, sum_k w_k (y_k - x)/sigma^2 = (target - x)/sigma^2.
     x (B, ...), sigma (B, 1, ..., 1), reference (n, ...) -> (B, ...); labels, time, memory and
     precision as in stf_weights.
 
     Unbiased for every n, if each x's own source is among its references: given x and the unordered
     batch, the source is row k with probability w_k, so the target is E[x0 | x, batch], and the mean
-    of that is E[x0 | x].  (The paper calls it biased.)  One row is plain DSM; a whole finite data
-    set gives its exact posterior mean.  Needs: stf_weights, weighted_sum, rows.
+    of that (eq. 7) is E[x0 | x]; the paper calls it biased.  One row is plain DSM; a whole finite
+    data set gives its exact posterior mean.  Needs: stf_weights, weighted_sum, rows.
     """
     w = stf_weights(x, sigma, reference, labels, reference_labels, chunk)         # (B, n)
     return weighted_sum(w, reference, chunk).view_as(x).to(x.dtype)
@@ -184,8 +185,7 @@ def others_mean(x0, reference, labels=None, reference_labels=None):
     """ybar_{-i}: the mean of the references of i's class without i's own row.
 
     x0 (B, ...), reference (n, ...) that has the rows of x0 among its own -> (B, ...), and the
-    number of rows it is a mean of, (B, 1, ..., 1); zeros where that is 0.  Needs: weighted_sum,
-    rows.
+    number of those rows, (B, 1, ..., 1); zeros where there are none.  Needs: weighted_sum, rows.
     """
     same = x0.new_ones(1, len(reference)) if labels is None else (
         labels[:, None] == reference_labels).to(x0)                               # (1 or B, n)
@@ -196,7 +196,7 @@ def others_mean(x0, reference, labels=None, reference_labels=None):
 
 @torch.no_grad()
 def mean_correction(x0, sigma, reference, mu, gamma, labels=None, reference_labels=None):
-    """gamma(sigma) (ybar_{-i} - mu_{-i}): to be taken from stf_target if all share a reference.
+    """gamma(sigma) (ybar_{-i} - mu_{-i}): subtract it from stf_target if all share a reference.
 
     ybar_{-i} as in others_mean; mu (B, ...) the same mean over the whole data set, mu_{-i}, which
     is ybar_{-i}'s expectation given y_i: so the mean of the target stays, for any gamma.
@@ -222,7 +222,7 @@ def measure_gamma(x0, noise, levels, reference, labels=None, reference_labels=No
     To be measured, for it depends on the data: about the posterior's variance over the data's, it
     is 1 - c_skip on Gaussians, but near 0 up to sigma 4 on photographs, whose posteriors are sharp.
 
-    x0, noise (m, ...), levels (L,), reference (n, ...) whose first m rows are x0 -> (L,).
+    x0, noise (m, ...), levels (L,), reference (n, ...), its first m rows x0, mu its mean -> (L,).
     Needs: stf_weights, others_mean, weighted_sum, rows.
     """
     mu = others_mean(x0, reference, labels, reference_labels)[0].flatten(1).double()  # (m, d)
@@ -246,8 +246,7 @@ def measure_gamma(x0, noise, levels, reference, labels=None, reference_labels=No
 def interpolate(levels, values):
     """A function of sigma: piecewise linear in ln sigma through (levels, values), flat outside.
 
-    levels (L,) ascending, L > 1, values (L,) -> a function of sigma of any shape, to the same.
-    Needs: nothing.
+    levels (L,) ascending, L > 1, values (L,) -> f(sigma), of sigma's shape.  Needs: nothing.
     """
     knots = levels.log()
 
@@ -316,7 +315,7 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
     """
     D = together(denoise, x0 + sigma * noise, sigma)                              # (K, B, ...)
     simple = weight(sigma[0]) * (D[0] - x0) ** 2
-    gap = (tau * (x0 - D) / sigma).mean(0)                                        # (B, ...)
+    gap = (tau * (x0 - D) / sigma).mean(0)            # (B, ...), for eps_hat - eps = (x0 - D)/sigma
     return (simple + lam * gap ** 2).flatten(1).mean(1)
 
 
@@ -352,7 +351,7 @@ def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
     elif order > 0:
         dot = dot + sigma * (product(noise) * noise - product(probe) * probe)
     if order > 1:
-        curve = (product(noise) * noise).sum()                                    # noise.J noise
+        curve = (product(noise) * noise + 0 * y).sum()         # noise.J noise; J may hold no y
         H = torch.autograd.grad(curve, y, create_graph=True)[0]                   # H[noise, .]
         dot = dot + sigma ** 2 / 2 * H * noise
     return c_skip * sigma * dot
@@ -427,10 +426,9 @@ class RunningBeta:
 
     From per-sample gradients of a few parameters (the last layer's are a good proxy), in bins of
     ln sigma, forgetting with `decay` a sample; from past batches only, for a beta of the same batch
-    would bias.  Where a bin is new: 1/(1 + (sigma/scale)^1.3), scale about twice the smallest local
-    spread of the data.  Clamped to [0, 1.2].  Shapes as weight(sigma)'s.
-
-    The state is one tensor, sums (3, bins).  Needs: nothing.
+    would bias.  Of n samples in a bin, n/(n + 4) is trusted; the rest is 1/(1 + (sigma/scale)^1.3),
+    scale about twice the smallest local spread of the data.  Clamped to [0, 1.2].  Shapes as
+    weight(sigma)'s.  The state is one tensor, sums (3, bins).  Needs: nothing.
     """
 
     def __init__(self, low=1e-3, high=100.0, bins=24, decay=0.99, scale=0.13, device="cpu"):
@@ -488,7 +486,7 @@ def draw_augmentation(B, p, generator=None):
         scaling a_2 ~ N(0, 1)             rotation    a_3 ~ U(-pi, pi)
         anisotropy a_4 ~ U(-pi, pi), a_5 ~ N(0, 1)    translation a_6, a_7 ~ N(0, 1)
 
-    Each of the six is on with probability p, EDM's is .12 to .15; but the x-flip always, if p > 0.
+    Each of the six is on with probability p, EDM's is .12 or .15; but the x-flip always, if p > 0.
     Needs: nothing.
     """
     coin, angle, gate = torch.rand(3, B, 6, generator=generator)
@@ -526,15 +524,14 @@ def augment(images, a):
 
     images (B, C, H, H), a (B, 8) -> (B, C, H, H).  Needs: nothing.
     """
-    def matrix(*rows):                                                            # (B, 3, 3)
-        one, zero = torch.ones_like(a[:, 0]), torch.zeros_like(a[:, 0])
-        rows = [[x * one if isinstance(x, int) else x for x in row] for row in rows]
-        return torch.stack([torch.stack(row, 1) for row in [*rows, [zero, zero, one]]], 1)
+    def matrix(*top):                                       # its two upper rows -> (B, 3, 3)
+        return torch.stack([torch.stack([v * one for v in row], 1) for row in [*top, [0, 0, 1]]], 1)
 
     scale = lambda x, y: matrix([x, 0, 0], [0, y, 0])
     turn = lambda r: matrix([r.cos(), -r.sin(), 0], [r.sin(), r.cos(), 0])
     a = a.to(images)
     a0, a1, a2, a3, a4, a5, a6, a7 = a.unbind(1)
+    one = torch.ones_like(a0)
     warp = (matrix([1, 0, a6 / 4], [0, 1, a7 / 4])              # in grid_sample's units, H = 2
             @ turn(-a4) @ scale(2 ** (0.2 * a5), 2 ** (-0.2 * a5)) @ turn(a4)
             @ turn(-a3) @ scale(2 ** (0.2 * a2), 2 ** (0.2 * a2)))
@@ -559,8 +556,7 @@ def augmented_stf_target(x, sigma, reference, a, labels=None, reference_labels=N
     give fewer references: the target is unbiased for every n.
 
     x (B, C, H, H), a (B, 8) -> (B, C, H, H).  Each sample's class must be among the references'.
-    The host waits once for the device.
-    Needs: stf_target, stf_weights, weighted_sum, rows, augment.
+    It waits once for the device.  Needs: stf_target, stf_weights, weighted_sum, rows, augment.
     """
     flips = torch.cat([a[:, :2], torch.zeros_like(a[:, 2:])], dim=1)
     target = augment(stf_target(augment(x, flips), sigma, reference, labels, reference_labels),

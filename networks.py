@@ -98,10 +98,7 @@ def one_hot(labels, classes, like):
 
 
 class Fourier(nn.Module):
-    """[cos(2 pi c f_k), sin(2 pi c f_k)], f_k ~ N(0, 16^2) fixed.  (B,) -> (B, channels).
-
-    Needs: nothing.
-    """
+    """[cos(2 pi c f_k), sin(2 pi c f_k)], f_k ~ N(0, 16^2): (B,) -> (B, C).  Needs: nothing."""
 
     def __init__(self, channels):
         super().__init__()
@@ -113,10 +110,7 @@ class Fourier(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """min(32, C/4) groups, or the next smaller number that divides the channels.
-
-    Needs: nothing.
-    """
+    """min(32, C/4) groups, or the next smaller number that divides C.  Needs: nothing."""
 
     def __init__(self, channels, eps):
         groups = next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0)

@@ -145,9 +145,9 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
         a step stands if r = rms(error/(atol + rtol max(|x|, |x'|))) <= 1;   h <- .9 h r^(-1/5)
 
     From t[0] to the last t_i > 0, whatever lies between; then Euler's step to 0, whose slope is
-    there already: pass t[:-1] to stop before it.  r and h are each sample's own, so that a sample
-    is the same alone or in company, and one that has arrived leaves the batch.  denoise is called
-    with sigma (b, 1, ..., 1) and the same b rows of each tensor (B, ...) in labels.
+    there already: pass t[:-1] to stop before it.  r and h, whose factor stays in [.2, 5], are each
+    sample's own, which is the same alone or in company and leaves the batch on arrival.  denoise is
+    called with sigma (b, 1, ..., 1) and the same b rows of each tensor (B, ...) in labels.
     x (B, ...), t (N + 1,) -> x (B, ...), NFE (B,) int64.  Errors: FloatingPointError where x is
     not finite, h below what t can resolve, or max_steps too few; it names step, sample, t, sigma.
     Needs: ode_slope, dormand_prince, record, checked.
@@ -159,7 +159,7 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
     h, tiny = (time - end) / 100, 10 * torch.finfo(double).eps
 
     def slope(x, time):
-        own = [label[rows] for label in labels]
+        own = [label[rows] for label in labels]         # of the rows that are still on their way
         return ode_slope(lambda y, sigma: denoise(y.to(x.dtype), sigma.to(x.dtype), *own),
                          x, time, schedule).to(x.dtype)
 
@@ -219,16 +219,16 @@ def edm_stochastic(denoise, x, sigma, noise, S_churn=0.0, S_tmin=0.0, S_tmax=flo
     Heun.  Needs: record, checked.
     """
     N, finite = len(sigma) - 1, []
-    for s_cur, s_next in zip(sigma[:-1], sigma[1:]):
-        gamma = min(S_churn / N, 2 ** 0.5 - 1) if S_tmin <= s_cur <= S_tmax else 0.0
-        s_hat = (1 + gamma) * s_cur
+    for sigma_cur, sigma_next in zip(sigma[:-1], sigma[1:]):
+        gamma = min(S_churn / N, 2 ** 0.5 - 1) if S_tmin <= sigma_cur <= S_tmax else 0.0
+        sigma_hat = (1 + gamma) * sigma_cur
         if gamma > 0:
-            x = x + (s_hat ** 2 - s_cur ** 2).sqrt() * S_noise * noise()
-        d = (x - denoise(x, s_hat)) / s_hat
-        x_next = x + (s_next - s_hat) * d
-        if s_next > 0:
-            d_next = (x_next - denoise(x_next, s_next)) / s_next
-            x_next = x + (s_next - s_hat) * (d + d_next) / 2
+            x = x + (sigma_hat ** 2 - sigma_cur ** 2).sqrt() * S_noise * noise()
+        d = (x - denoise(x, sigma_hat)) / sigma_hat
+        x_next = x + (sigma_next - sigma_hat) * d
+        if sigma_next > 0:
+            d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2
         x = x_next
         record(x, finite, callback)
     return checked(x, finite, sigma)
@@ -253,15 +253,15 @@ def ddim(denoise, x, sigma, noise=None, eta=0.0, covariance=None, cap=None, call
     x (B, ...), sigma (N + 1,), noise() -> (B, ...).  Needs: record, checked.
     """
     last, random, finite = sigma[sigma > 0][-1], eta > 0 or covariance is not None, []
-    for s_cur, s_next in zip(sigma[:-1], sigma[1:]):
-        D = denoise(x, s_cur)
-        w = eta ** 2 * (s_next / s_cur) ** 2 * (s_cur ** 2 - s_next ** 2)
-        keep = (s_next ** 2 - w).sqrt() / s_cur
-        x_next = D + keep * (x - D)
-        if random and s_next > 0:
-            v = w if covariance is None else w + (1 - keep) ** 2 * covariance(x, s_cur, D)
-            if cap is not None and s_next == last:
-                v = v.clamp(max=float(1 + s_next ** 2) * (cap * 2 / 255) ** 2 * math.pi / 2)
+    for a, b in zip(sigma[:-1], sigma[1:]):
+        D = denoise(x, a)
+        w = eta ** 2 * (b / a) ** 2 * (a ** 2 - b ** 2)
+        k = (b ** 2 - w).sqrt() / a
+        x_next = D + k * (x - D)
+        if random and b > 0:
+            v = w if covariance is None else w + (1 - k) ** 2 * covariance(x, a, D)
+            if cap is not None and b == last:
+                v = v.clamp(max=float(1 + b ** 2) * (cap * 2 / 255) ** 2 * math.pi / 2)
             x_next = x_next + v.sqrt() * noise()
         x = x_next
         record(x, finite, callback)

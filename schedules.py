@@ -12,9 +12,9 @@ Every class has the same members in the same order, so that two columns can be p
     precondition(sigma)  -> c_skip, c_out, c_in, c_noise
     weight(sigma)        -> lambda             the row's own weight on |D - x0|^2
 
-t and sigma are tensors of any shape; u is too, so the caller owns the randomness (and may
-stratify it), but for the ends 0 and 1, where a log-normal sigma is 0 and infinite.  sigma is in
-units of the data (images in [-1, 1]); t is whatever the row calls time.
+t, sigma and u are tensors of any shape.  The caller draws u, and may stratify it; at its ends 0 and
+1 a log-normal sigma is 0 and infinite.  sigma is in units of the data (images in [-1, 1]); t is
+whatever the row calls time.
 Sampling and training rows are independent: D is a black box that any row's grid may call.
 
 Source: EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
@@ -151,7 +151,7 @@ class EDM:
         return torch.cat([t, t.new_zeros(1)])
 
     def training_sigma(self, u):
-        return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()
+        return (self.P_mean + self.P_std * torch.special.ndtri(u)).exp()     # N(0, 1)'s quantile
 
     def precondition(self, sigma):
         total = sigma ** 2 + self.sigma_data ** 2

@@ -491,7 +491,8 @@ def test_stf_theorem_2_bound_holds(sigma):
 
 def test_stf_theorem_1_target_is_asymptotically_normal():
     """sqrt(n) (target - E[x0|x]) -> N(0, E_p0[p(x|y)^2 (y - E[x0|x])^2] / p(x)^2), times sigma^-4
-    for scores.  Data {0, 1}, the number of ones in the batch summed over.
+    for scores; of one batch's target, for eq. 7's minimiser, which eq. 8 names, is a mean over
+    batches, without a law of its own.  Data {0, 1}, the number of ones in the batch summed over.
 
     The paper's eq. 8 prints Cov(p(x|y) (y - x)) in place of the second moment about E[x0|x]: right
     for weights with p(x) known, but not for the self-normalised ones, whose limit this is.

@@ -21,12 +21,7 @@ TINY = ["--data", "images.npz", "--cond", "--width", "8", "--mult", "1,1", "--bl
         "--batch", "8", "--ref-batch", "16", "--sample-steps", "1", "--warmup", "0"]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    np.savez("images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
-             labels=np.arange(40) % 2)
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def rank(argv, env, double, out):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import evaluate
 import train
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines()
             if re.match(r"    (python|pip) ", line)]
+INLINE = re.findall(r"`((?:python|torchrun) [^`]+)`", README)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -32,16 +34,25 @@ def test_the_two_commands_come_first():
     assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
-    for part in command.split(" && "):
+def parses(line):
+    for part in re.sub("^torchrun --nproc-per-node 8", "python", line).split(" && "):
         words = shlex.split(part)
+        if words == ["python", "train.py", "--help"]:
+            continue
         if words[:2] == ["python", "train.py"]:
             train.parser().parse_args(words[2:])
         elif words[:2] == ["python", "evaluate.py"]:
             evaluate.parser().parse_args(words[2:])
+        elif words[:2] == ["python", "tests/benchmark.py"] and words[2:]:
+            assert words[2] == "--only" and words[3] in benchmark.PARTS
         else:
-            assert part in ("pip install -r requirements.txt", "python -m pytest")
+            assert part in ("pip install -r requirements.txt", "python -m pytest",
+                            "python tests/benchmark.py", "python tests/exercises.py")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
+def test_commands_parse(command):
+    parses(command)
 
 
 def test_documented_defaults_are_the_parsers():
@@ -60,17 +71,37 @@ def test_the_file_map_is_the_files():
             importlib.import_module(name.strip("`").removesuffix(".py")), start.strip("`"))
 
 
-def test_the_map_names_functions_and_tests_that_exist():
-    table = rows("| equation | function | test |")
-    assert len(table) >= 9
-    named = set()
-    for _, functions, test in table:
-        assert (ROOT / "tests" / test.strip("`")).exists()
-        for module, name in re.findall(r"`(\w+)\.(\w+)`", functions):
-            assert hasattr(importlib.import_module(module), name)
-            assert name in (ROOT / "tests" / test.strip("`")).read_text()
-            named.add(name)
-    assert {"stf_target", "heun", "Denoiser", "IDDPM"} <= named
+MAP = rows("| paper | what | function | test | command |")
+NUMBERED = {"EDM": dict(eq=8, fig=15, tab=8, Alg=3), "STF": dict(eq=8, fig=5, tab=2, Thm=2, Alg=1),
+            "SA": dict(fig=4, tab=4, Thm=2, Alg=2), "DB": dict(eq=13, fig=17, tab=4),
+            "TCV": dict(eq=34, fig=6, tab=3)}
+
+
+@pytest.mark.parametrize("row", MAP, ids=[f"{row[0]} {row[1]}" for row in MAP])
+def test_a_row_of_the_map_names_what_exists(row):
+    """Functions, their test, a command that parses; or why there are none."""
+    _, _, functions, test, command, differs = row
+    if functions == "-":
+        assert test == command == "-" and differs.startswith("not here: ")
+        return
+    file, name = re.fullmatch(r"`(test_\w+\.py)(?:::(\w+))?`", test).groups()
+    text = (ROOT / "tests" / file).read_text()
+    assert name is None or f"def {name}(" in text
+    for module, function in re.findall(r"`(\w+)\.(\w+)`", functions):
+        assert hasattr(importlib.import_module(module), function)
+        assert re.search(rf"\b{function}\b", text)
+    if command != "-":
+        parses("python " + command.strip("`"))
+
+
+@pytest.mark.parametrize("paper", NUMBERED)
+def test_the_map_has_every_numbered_item_of_a_paper(paper):
+    cells = [row[0] for row in MAP if row[0].startswith(f"{paper} ")]
+    for kind, count in NUMBERED[paper].items():
+        items = " ".join(re.findall(rf"{kind}\. ([\dabc, -]+)", " ".join(cells)))
+        found = {k for first, last in re.findall(r"(\d+)[abc]*(?:-(\d+))?", items)
+                 for k in range(int(first), int(last or first) + 1)}
+        assert found >= {*range(1, count + 1)}, kind
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["stf in a foreign loop", "foreign network"])
@@ -81,6 +112,20 @@ def test_snippets_run(snippet):
 def test_the_picture_is_there_and_small():
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert 1000 < (ROOT / path).stat().st_size < 100_000
+    for path in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_picture_has_the_command_that_makes_it():
+    text = (ROOT / "figures" / "README.md").read_text()
+    assert set(re.findall(r"\]\(([\w-]+\.png)\)", text)) == {
+        p.name for p in (ROOT / "figures").glob("*.png")}
+    for command in re.findall(r"`(python [^`]+)`", text):
+        parses(command)
+
+
+def test_it_is_short_enough_to_read():
+    assert len(README.splitlines()) <= 250
 
 
 def test_named_files_exist():

@@ -96,6 +96,20 @@ def test_control_and_its_gradient_have_mean_zero_over_the_design(row, sigma, act
     assert_mean_zero(taylor_terms(net, y, noise, s, row.weight, skip, order)[1], net)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+def test_control_of_an_affine_denoiser_is_its_closed_form(order, learned):
+    """D = A x + b: H = 0, without a graph, or with one of A alone; so both orders are the same."""
+    A, b, s = randn(3, 3, seed=3), randn(3, seed=4), torch.full((6, 1), 0.4, dtype=torch.float64)
+    y, noise, J = randn(1, 3, seed=1).expand(6, -1), design(3), A - c_skip(s[0]) * torch.eye(3)
+    A.requires_grad_(learned)
+    control = taylor_terms(lambda x, s: x @ A.T + b, y, noise, s, edm.weight, c_skip, order)[1]
+    dot = ((y @ J.T + b + s * noise @ J.T) * noise).sum(1) - s[:, 0] * J.trace()
+    factor = 2 * edm.weight(s) * c_skip(s) * s
+    torch.testing.assert_close(control, factor[:, 0] * dot / 3, rtol=1e-12, atol=0)
+    assert control.mean().abs() < 1e-12 * control.abs().mean()
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_probe_control_has_mean_zero_over_designs_of_noise_and_probe(order):
     """(noise + v).J(noise - v): both are N(0, I), so tr J - tr J, and the cross terms are odd."""

@@ -22,14 +22,7 @@ POINTS = ["--data", "two-gaussians", "--width", "16", "--batch", "16", "--ref-ba
           "--sample-steps", "2"]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Runs go to an empty folder that also holds images.npz: 40 images, 8x8 RGB, 2 classes."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    np.savez("images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
-             labels=np.arange(40) % 2)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def options(argv, data="images.npz"):

@@ -91,7 +91,7 @@ def test_same_weight_through_every_target_same_loss_and_gradient_at_d(target, we
 
 
 def test_eps_error_is_d_error_over_sigma():
-    """DB eq. 7: x0_hat - x0 = (eps - eps_hat)/sqrt(SNR)."""
+    """DB eq. 6, last line: x0_hat - x0 = (eps - eps_hat)/sqrt(SNR)."""
     _, c_out = networks.target_coefficients("eps", SIGMA)
     assert torch.equal(c_out ** 2, SIGMA ** 2)
 

@@ -1,0 +1,214 @@
+"""exercises.py: three planted bugs and three lines to change, with answers.  A script, not a test.
+
+    python tests/exercises.py                      the list
+    python tests/exercises.py bug 1                a bug, and four tests: which of them fails?
+    python tests/exercises.py bug 1 c              your answer; runs the four with the bug planted
+    python tests/exercises.py change 1             a line to change, its numbers, what to explain
+    python tests/exercises.py change 1 --answer    the numbers before and after, and why
+
+To add one, add a dict to BUGS or CHANGES: in `file`, the line `old` of the function or class `name`
+becomes `new`, in memory; no file is touched.
+"""
+
+import argparse
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+
+import pytest
+import torch
+
+import datasets
+import losses
+import papers
+import samplers
+import schedules
+
+BUGS = [
+    dict(file=losses, name="stf_weights", title="the weights of stable targets lose a factor 1/2",
+         old="logits.append((query @ y.T - torch.linalg.vecdot(y, y) / 2) / variance)",
+         new="logits.append((query @ y.T - torch.linalg.vecdot(y, y)) / variance)",
+         tests="test_losses.py", a="test_stf_n_1_is_dsm_bit_for_bit",
+         b="test_stf_target_of_far_and_near_noise",
+         c="test_stf_whole_finite_set_is_the_exact_posterior_mean",
+         d="test_stf_theorem_2_far_field_variance_falls_as_1_over_n",
+         fails="c", why="""Only (c) has the posterior mean another way, from the gradient of log p.
+         A single row (a) weighs 1 whatever its logit; at the ends of sigma, (b) and (d), all rows
+         weigh the same, or one weighs all and is here still the right one. Limits do not see a
+         wrong factor: test in between."""),
+    dict(file=samplers, name="edm_stochastic", title="the step with churn ends as Heun's own does",
+         old="x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2",
+         new="x_next = x + (sigma_next - sigma_cur) * (d + d_next) / 2",
+         tests="test_samplers.py", a="test_nfe_is_what_each_docstring_says",
+         b="test_without_churn_algorithm_2_is_algorithm_1",
+         c="test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped",
+         d="test_churn_keeps_the_gaussian_marginal_in_exact_covariance",
+         fails="d", why="""(b) compares every digit, but without churn sigma_hat is sigma_cur; (a)
+         and (c) see when denoiser and noise are called, not what comes out. Only (d) has churn and
+         knows the result. A test of a special case is blind to what that case switches off."""),
+    dict(file=losses, name="taylor_control", title="a control variate keeps its expectation",
+         old="dot = dot + sigma * (product(noise) * noise - trace)",
+         new="dot = dot + sigma * (product(noise) * noise)",
+         tests="test_taylor.py", a="test_controlling_the_objective_is_controlling_the_gradient",
+         b="test_control_and_its_gradient_have_mean_zero_over_the_design",
+         c="test_edm_untrained", d="test_remainder_of_order_k_falls_as_h_to_the_k_plus_1",
+         fails="b", why="""Without tr J, the mean of noise.J noise, the control has a mean, and loss
+         - beta control a bias. (c) finds that order 1 takes more variance off than order 0, and bug
+         or not it does, for tr J does not depend on the noise; (a) is true of any control, and (d)
+         leaves the trace out by design. Less variance is no sign of the right mean."""),
+]
+
+
+def target_variances():
+    """V of stable targets (papers.target_variance) for two Gaussians in 64 dimensions."""
+    x = torch.from_numpy(datasets.points("two-gaussians-64d", 20_000)[0]).double()
+    levels, sizes, g = torch.tensor([0.03, 0.3, 1, 10]).double(), [16, 256], torch.Generator()
+    V, _ = papers.target_variance(
+        x[:300], torch.randn(300, 64, generator=g).double(), levels, sizes, x[300:],
+        lambda x, sigma: (papers.two_gaussians_mean(x, sigma), sigma[:, 0]), g)
+    return {f"sigma {level:g}, n = {n}": v for level, row in zip(levels, V.mean(0).T.tolist())
+            for n, v in zip(sizes, row)}
+
+
+def heun_errors():
+    """Relative error of Heun on data N(0, .5^2), whose flow scales x with its deviation."""
+    std, edm, errors = lambda sigma: (0.25 + sigma ** 2) ** 0.5, schedules.EDM(), {}
+    for N in (64, 256, 1024):
+        t = edm.time_steps(N)[:-1]
+        x = samplers.heun(lambda x, s: 0.25 * x / std(s) ** 2, std(t[:1]), t, edm)
+        errors[f"{N} steps"] = (x / std(t[-1]) - 1).abs().item()
+    return errors
+
+
+def best_shares():
+    """On data N(0, 1): the f with which eps_hat = f E[eps | x] has the least sa_loss at t, t - 1.
+
+    The loss needs second moments of (x0, z_1, z_2) only, and eight rows of signs have N(0, I)'s.
+    """
+    x0, *z = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3).T[:, :, None]
+    z, ladder, shares = torch.stack(z), schedules.DDPM().levels, {}               # (2, 8, 1)
+    for t in (10, 100, 500):
+        sigma = ladder[[t - 1, t - 2]].view(2, 1, 1).expand_as(z)
+        slope = torch.func.grad(lambda f: losses.sa_loss(
+            lambda x, s: x - s * f * s * x / (1 + s ** 2), x0, losses.path_noise(z, sigma), sigma,
+            losses.constant_weight, 1.0).mean())
+        a, b = slope(torch.tensor(0.0)), slope(torch.tensor(1.0))        # the loss is a parabola
+        shares[f"t = {t}"] = (a / (a - b)).item()
+    return shares
+
+
+CHANGES = [
+    dict(file=papers, name="target_variance", title="stable targets that know their source alone",
+         old="errors = [stf_target(x, sigma, reference[:n]).flatten(1) - mean for n in sizes]",
+         new="errors = [stf_target(x, sigma, reference[:1]).flatten(1) - mean for n in sizes]",
+         numbers=target_variances, shown="variance of the target about E[x0 | x]",
+         ask="""What is the target after the change, whatever n? At which noise levels did the
+         other n - 1 references help, how much, and why not at the rest?""",
+         why="""A softmax over one row is 1: the target is x0, plain denoising score matching. At
+         large sigma x hardly tells rows apart: the target was the mean of n, of 1/n the variance.
+         At small sigma the source had all the weight, and the others changed nothing."""),
+    dict(file=schedules, name="EDM", title="time steps of equal length",
+         old="rho: float = 7.0", new="rho: float = 1.0",
+         numbers=heun_errors, shown="relative error of Heun's method on Gaussian data",
+         ask="""How much larger is the error for the same number of steps? By what factor does it
+         fall for four times the steps, before and after? What does a schedule change, then?""",
+         why="""With rho = 1 most steps go to large sigma, where the flow is straight, few to
+         where it bends, about the data's deviation of .5. That costs a large factor; the limit is
+         the same, and so is the order: once steps are small, 4 times as many divide by 4^2."""),
+    dict(file=losses, name="path_noise", title="a noise of its own for each level of SA's loss",
+         old="return steps.flip(0).cumsum(0).flip(0) / sigma", new="return noise",
+         numbers=best_shares, shown="best predictor as a share of E[eps | x] (1: unbiased)",
+         ask="""Either way, each level's noise is N(0, I). Why does the predictor that is best for
+         the loss now fall short of E[eps | x] at small t, and hardly at large t?""",
+         why="""The loss squares a sum of two neighbours' errors, eps_hat - eps with eps_hat = c x.
+         If they share x0 alone, their product has the mean c^2 E x0^2, least for c = 0: so c
+         shrinks. Along a path they share the noise too, and the sum is about twice one error. At
+         large t x is nearly all noise, and x0 hardly counts."""),
+]
+EXERCISES = {"bug": BUGS, "change": CHANGES}
+
+
+# ---- The runner ----------------------------------------------------------------------------------
+
+def plant(exercise):
+    """Replaces the line in memory: in its module, and wherever the function was imported."""
+    module, name = exercise["file"], exercise["name"]
+    was, text = getattr(module, name), inspect.getsource(getattr(module, name))
+    if text.count(exercise["old"]) != 1:
+        sys.exit(f"exercises.py: {name} has been edited; put back the line: {exercise['old']}")
+    exec(text.replace(exercise["old"], exercise["new"]), vars(module))
+    for other in list(sys.modules.values()):
+        if getattr(other, "__dict__", {}).get(name) is was:
+            setattr(other, name, getattr(module, name))
+
+
+def bug(e, letter):
+    """Prints the four tests, with results if there is a letter; returns what to say."""
+    failed = set()
+
+    class Record:                            # pytest calls it for each case of each test
+        def pytest_runtest_logreport(self, report):
+            if report.failed:
+                failed.add(report.nodeid.split("::")[1].split("[")[0])
+
+    if letter:
+        plant(e)
+        tests = [f"{TESTS / e['tests']}::{e[k]}" for k in "abcd"]
+        if pytest.main([*tests, "-p", "no:terminal", "-p", "no:cacheprovider"], [Record()]) > 1:
+            sys.exit("exercises.py: pytest could not run these tests")
+    print(f"tests/{e['tests']}:")
+    for k in "abcd":
+        result = "" if not letter else "FAILED  " if e[k] in failed else "passed  "
+        print(f"  {k}  {result}{e[k]}")
+    if not letter:
+        return "Which one of the four fails? Some that pass look as if they should not."
+    return ("Right" if e[letter] in failed else f"No, ({letter}) passes") + f". {e['why']}"
+
+
+def change(e, answer):
+    """Prints the numbers, of both lines if the answer is wanted; returns what to say."""
+    columns = {"before" if answer else "now": e["numbers"]()}
+    if answer:
+        plant(e)
+        columns["after"] = e["numbers"]()
+    print(f"{e['shown']}\n" + " " * 22 + "".join(f"{name:>12}" for name in columns))
+    for row in next(iter(columns.values())):
+        print(f"  {row:20}" + "".join(f"{column[row]:12.3g}" for column in columns.values()))
+    return e["why"] if answer else (
+        f"Change the line and run this again. {e['ask']} Put the line back before you go on.")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.error = lambda message: parser.exit(2, f"exercises.py: {message}\n")
+    parser.add_argument("kind", nargs="?", choices=EXERCISES)
+    parser.add_argument("number", nargs="?", type=int)
+    parser.add_argument("letter", nargs="?", choices="abcd")
+    parser.add_argument("--answer", action="store_true")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.number is None:
+        for kind, exercises in EXERCISES.items():
+            for i, e in enumerate(exercises, 1):
+                print(f"{kind:>6} {i}   {e['file'].__name__}.{e['name']}: {e['title']}")
+        return print("\nOne of them:  python tests/exercises.py bug 1")
+    if not 1 <= args.number <= len(EXERCISES[args.kind]):
+        parser.error(f"there is no {args.kind} {args.number}; the list shows what there is")
+    if args.answer if args.kind == "bug" else args.letter:
+        parser.error("a bug is answered with a letter, a change with --answer")
+    e, command = EXERCISES[args.kind][args.number - 1], f"{args.kind} {args.number}"
+    print(f"{command}: {e['title']}\n\n{e['file'].__name__}.py, {e['name']}:\n"
+          f"  - {e['old']}\n  + {e['new']}\n")
+    run, answer, more = ((bug, args.letter, "a  (or b, c, d)") if args.kind == "bug" else
+                         (change, args.answer, "--answer"))
+    print("\n" + textwrap.fill(" ".join(run(e, answer).split()), 88))
+    if not answer:
+        print(f"\nYour answer:  python tests/exercises.py {command} {more}")
+
+
+if __name__ == "__main__":
+    main()
