@@ -41,7 +41,7 @@ from schedules import SCHEDULES
 SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema="887000", dropout=0.1,
                  xflip=True)
 KARRAS = {"augment": 0.12, "batch": 512, "lr": 1e-3, "warmup": 19_531, "steps": 390_625,
-          "dropout": 0.13, "ema": "500000"}
+          "dropout": 0.13, "ema": "500000", "clip": 1e9}                       # none
 FFHQ = KARRAS | {"size": 64, "mult": "1,2,2,2", "augment": 0.15, "batch": 256, "lr": 2e-4,
                  "warmup": 39_063, "steps": 781_250, "dropout": 0.05}
 
@@ -63,8 +63,9 @@ PRESETS = {   # the papers' runs: (options beside the defaults, how samples are 
                      "ref-batch": 1024} | SCORE_SDE, "rk45, or pc 1000 steps", "STF; your --data"),
     "ffhq64": (FFHQ, "heun 40 steps", "EDM config F; with STF; your --data"),
     "imagenet64-adm": ({"size": 64, "arch": "adm", "cond": True, "batch": 4096, "lr": 1e-4,
-                        "warmup": 2441, "steps": 610_352, "dropout": 0.1, "ema": "50000000"},
-                       "edm-stochastic 256 steps, churn 40", "EDM; with STF; your --data"),
+                        "warmup": 2441, "steps": 610_352, "dropout": 0.1, "ema": "50000000",
+                        "clip": 1e9}, "edm-stochastic 256 steps, churn 40 (published: from .05 to "
+                       "50, S_noise 1.003)", "EDM; with STF; your --data"),
     "ffhq256-adm": ({"size": 256, "arch": "adm", "width": 128, "mult": "1,1,2,2,4,4", "blocks": 1,
                      "attend": "16", "loss": "dsm", "weight": "debias", "schedule": "ddpm",
                      "batch": 8, "lr": 2e-5, "warmup": 0, "steps": 500_000, "ema": "55400"},
@@ -535,7 +536,7 @@ def run_training(given, brief=False):
         print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
         sizes = memory(options, denoiser, data)
         sizes["sum, without activations"] = sum(sizes.values())
-        print("\n".join(f"memory  {what:28}{size / 2 ** 20:10,.0f} MiB"
+        print("\n".join(f"memory  {what:28}{size / 2 ** 20:10,.1f} MiB"
                         for what, size in sizes.items()))
         return 0
 
