@@ -64,8 +64,8 @@ PRESETS = {   # the papers' runs: (options beside the defaults, how samples are 
     "ffhq64": (FFHQ, "heun 40 steps", "EDM config F; with STF; your --data"),
     "imagenet64-adm": ({"size": 64, "arch": "adm", "cond": True, "batch": 4096, "lr": 1e-4,
                         "warmup": 2441, "steps": 610_352, "dropout": 0.1, "ema": "50000000",
-                        "clip": 1e9}, "edm-stochastic 256 steps, churn 40 (published: from .05 to "
-                       "50, S_noise 1.003)", "EDM; with STF; your --data"),
+                        "clip": 1e9}, "edm-stochastic 256 steps, churn 40",
+                       "EDM (its churn from .05 to 50, S_noise 1.003); with STF; your --data"),
     "ffhq256-adm": ({"size": 256, "arch": "adm", "width": 128, "mult": "1,1,2,2,4,4", "blocks": 1,
                      "attend": "16", "loss": "dsm", "weight": "debias", "schedule": "ddpm",
                      "batch": 8, "lr": 2e-5, "warmup": 0, "steps": 500_000, "ema": "55400"},
@@ -87,8 +87,7 @@ def holdout(text):
 
 OPTIONS = {   # name: (type or choices, default or defaults for (digits, points, images), help)
     "data": (str, "digits", "digits, two-gaussians, two-gaussians-64d, checkerboard, swiss-roll, "
-             "ring, cifar10, mnist, or a path: folder of images (sub-folder = class), .zip, .npz, "
-             ".npy"),
+             "ring, cifar10, mnist; or a path to a folder (sub-folder = class), zip, npz or npy"),
     "data-dir": (str, "data", "where downloads and caches lie"),
     "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
     "holdout": (holdout, (0, 0, 100), "every N-th row is kept from training, for the error on "

@@ -2,7 +2,6 @@
 minimiser.  Then antithetic pairs, and interpolation between noise levels.
 """
 
-import math
 
 import pytest
 import torch
