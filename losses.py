@@ -472,7 +472,7 @@ def head_loss(with_head, x0, noise, sigma, kind="sn"):
     """
     x = x0 + sigma * noise                                                        # (B, ...)
     D, h = with_head(x, sigma)
-    target = noise if kind == "sn" else noise - ((x - D) / sigma).detach()
+    target = {"sn": noise, "npr": noise - ((x - D) / sigma).detach()}[kind]
     return ((h - target ** 2) ** 2).flatten(1).mean(1)                            # (B,)
 
 

@@ -118,7 +118,7 @@ def test_bad_comparisons_cost_nothing(argv, sentence, capsys):
 
 
 def test_distances_are_logged_with_their_count_and_the_best_checkpoint_is_kept(capsys, monkeypatch):
-    values = iter([5.0, 2.0, 3.0])
+    values = iter([5.0, 2.0, 3.0, 3.0])                               # the last: of the report
     given = []
 
     def distance(denoise, options, num, features, real):
@@ -129,7 +129,7 @@ def test_distances_are_logged_with_their_count_and_the_best_checkpoint_is_kept(c
     assert train.main([*argv, "--out", "run"]) == 0
     lines = log("run", "frechet_pixels_30")
     assert [(line["step"], line["frechet_pixels_30"]) for line in lines] == [(2, 5), (4, 2), (6, 3)]
-    assert given == [(30, "pixels", 20_000)] * 3
+    assert given == [(30, "pixels", 20_000)] * 3 + [(128, "pixels", 10_000)]
     assert [Path(p).name for p in runs.checkpoints("run")] == ["checkpoint-0000006.pt"]
     assert runs.load_checkpoint("run/best.pt")["step"] == 4
     assert runs.load_checkpoint("run")["best"] == 2.0
