@@ -1,4 +1,4 @@
-"""datasets.py: which images.  Reads image sets of many formats, and draws two small ones.
+"""datasets.py: which images.  Reads image sets of many formats, and draws small ones.
 
 A data set is one array: uint8 images (N, C, H, W), or float32 points (N, d).  `load_data` takes
 the name of a built-in set or the path of a folder or file, and either gives a Dataset or raises
@@ -467,7 +467,7 @@ def points(name, n=20_000, seed=0):
 
     Mean about 0 and standard deviation about 0.5, EDM's sigma_data, in every coordinate.
     two-gaussians: means +-0.48 in every coordinate, deviation 0.14 (0.48^2 + 0.14^2 = 0.5^2),
-    the component is the label; in 64 dimensions it is the mixture of STF section 6.1.
+    the component is the label; in 64 dimensions a mixture such as STF section 6.1 measures on.
     ring: 8 Gaussians of deviation 0.07 on a circle, numbered round it; the number is the label.
     checkerboard: uniform on the 8 squares of one colour of a 4x4 board.  swiss-roll: a spiral.
     """
@@ -508,5 +508,5 @@ def load_rows(pixels, rows, flip, device):
 
 def training_rows(N, holdout):
     """The rows to train on of N: all but every `holdout`-th, or all where that is 0."""
-    i = torch.arange(N - N // holdout if holdout else N)
-    return i + i // (holdout - 1) if holdout else i
+    i = torch.arange(N)
+    return i[(i + 1) % holdout != 0] if holdout else i

@@ -1,14 +1,4 @@
-"""papers.py: the papers' figures, each a command of evaluate.py.
-
-    python evaluate.py weights              all weightings over t, and their share (DB figs. 2, 5)
-    python evaluate.py variance             variance of DSM's and STF's targets (STF figs. 2, 3)
-    python evaluate.py ess                  how many references STF averages, where training goes
-    python evaluate.py data SET             what a data set says about hyper-parameters
-    python evaluate.py denoise [RUN]        one-step estimates, their colour (EDM fig. 1; DB 3, 12)
-    python evaluate.py mse [RUN]            error of eps_hat by step (DB fig. 4)
-    python evaluate.py trajectories         the ODE's lines in 1-D (EDM fig. 3)
-    python evaluate.py gap [RUN]            estimation gap while sampling (SA fig. 4)
-    python evaluate.py gradvar [RUN]        variance of gradient and objective (TCV figs. 2-5)
+"""papers.py: the papers' figures, each a command of evaluate.py; FIGURES, at the end, lists them.
 
 Each prints a table, writes NAME.csv and, where matplotlib is installed, draws NAME.png.
 """
@@ -35,13 +25,13 @@ from schedules import DDPM, EDM, VE, VP
 
 # ---- Table, CSV, picture -------------------------------------------------------------------------
 
-def show(args, columns, rows, panels, title=None, most=24):
+def show(args, columns, rows, panels, most=24):
     """A figure's numbers as a table on the terminal and NAME.csv, its curves as NAME.png.
 
-    panels: one dict for each set of axes: y (names of columns), x (one name; the first column if
-    absent), ylabel, title, xscale and yscale ("log" if absent), bottom (of y) and xlim (where the
-    curves end if absent), style (matplotlib's, "-"), legend (True).  Of a column "kind:label" a
-    panel shows the label.  Prints at most `most` evenly spaced rows of each panel; the CSV has all.
+    panels: one dict for each set of axes: y (names of columns) and ylabel; where wanted, x (a name;
+    else the first column), title, xscale ("linear" over t, else "log"), yscale ("log"), bottom (of
+    y), xlim, style (matplotlib's), legend (True).  Of a column "kind:label" a panel shows the
+    label.  Prints at most `most` evenly spaced rows of each panel; the CSV has all.
     """
     where = save_csv(args, columns, rows)
     step = math.ceil(len(rows) / most)
@@ -56,18 +46,15 @@ def show(args, columns, rows, panels, title=None, most=24):
             print("".join(f"{text(cell, 4):>{w}}" for cell, w in zip(cells, width)))
         print()
     print(f"{where}.csv" + (f" has all {len(rows)} rows" if step > 1 else ""))
-    draw(f"{where}.png", columns, rows, panels, title)
+    draw(f"{where}.png", columns, rows, panels)
 
 
 def save_csv(args, columns, rows):
     """Writes the folder's NAME.csv; returns its path up to the dot."""
-    where = os.path.join(args.out, args.command)
-
-    def write():
-        os.makedirs(args.out, exist_ok=True)
-        with open(f"{where}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([columns, *([text(c, 6) for c in row] for row in rows)])
-    attempt(f"{where}.csv", "choose another --out", write)
+    where, cure = os.path.join(args.out, args.command), "choose another --out"
+    attempt(args.out, cure, os.makedirs, args.out, exist_ok=True)
+    with attempt(f"{where}.csv", cure, open, f"{where}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([columns, *([text(c, 6) for c in row] for row in rows)])
     return where
 
 
@@ -76,33 +63,33 @@ def text(cell, digits):
     return f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
 
 
-def draw(path, columns, rows, panels, title):
+def draw(path, columns, rows, panels, title=None):
     """The panels side by side as a PNG, where matplotlib is installed."""
     try:
-        import matplotlib
+        from matplotlib import figure
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    high, wide = (1, len(panels)) if len(panels) < 5 else (math.ceil(len(panels) / 3), 3)
-    figure, axes = pyplot.subplots(high, wide, figsize=(4.8 * wide, 3.8 * high), squeeze=False)
-    for ax, panel in zip(axes.flat, panels):
+    wide = len(panels) if len(panels) < 5 else 3
+    high = math.ceil(len(panels) / wide)
+    page, cells = figure.Figure(figsize=(4.8 * wide, 3.8 * high)), dict(zip(columns, zip(*rows)))
+    for ax, panel in zip(page.subplots(high, wide, squeeze=False).flat, panels):
         x = panel.get("x", columns[0])
-        for name in panel["y"]:
-            ax.plot(*([row[columns.index(column)] for row in rows] for column in (x, name)),
-                    panel.get("style", "-"), label=name.split(":")[-1])
-        ax.set(xlabel=x.split(":")[-1], ylabel=panel["ylabel"], title=panel.get("title"),
-               xscale=panel.get("xscale", "log"), yscale=panel.get("yscale", "log"))
-        ax.set_xlim(panel.get("xlim"))
+        xlabel = x.split(":")[-1]
+        for i, name in enumerate(panel["y"]):      # dashed, and thinner: all that coincide are seen
+            ax.plot(cells[x], cells[name], panel.get("style", ["-", "--", "-.", ":"][i % 4]),
+                    linewidth=1.5 if "style" in panel else 3 - 2 * i / len(panel["y"]),
+                    label=name.split(":")[-1])
+        ax.set(xlabel=xlabel, ylabel=panel["ylabel"], title=panel.get("title"),
+               xscale=panel.get("xscale", "linear" if xlabel == "t" else "log"),
+               yscale=panel.get("yscale", "log"), xlim=panel.get("xlim"))
         ax.set_ylim(bottom=panel.get("bottom"))
         ax.grid(alpha=0.3)
         if panel.get("legend", True):
             ax.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    page.suptitle(title)
+    page.tight_layout()
+    page.savefig(path, dpi=100)
     Image.open(path).quantize(64).save(path, optimize=True)        # a third of the bytes
     print(path)
 
@@ -112,20 +99,16 @@ def draw(path, columns, rows, panels, title):
 def weights(args):
     """Each weighting over DDPM's t: on |eps_hat - eps|^2, on |x0_hat - x0|^2, and the share of the
     total that falls to the levels up to t (DB figs. 2, 5)."""
-    sigma = DDPM().levels.sort().values                                           # (T,)
-    x0 = {name: weight(sigma) for name, weight in WEIGHTS.items()}
-    eps = {name: weight * sigma ** 2 for name, weight in x0.items()}
-    share = {name: weight.cumsum(0) / weight.sum() for name, weight in eps.items()}
-    kinds = {"eps": eps, "x0": x0, "share": share}
+    sigma = DDPM().levels[:, None]                                                # (T, 1)
+    x0 = torch.cat([weight(sigma) for weight in WEIGHTS.values()], 1)             # (T, W)
+    eps = x0 * sigma ** 2
+    kinds = {"eps": "weight on |eps_hat - eps|^2", "x0": "weight on |x0_hat - x0|^2",
+             "share": "share of the eps weight up to t"}
     columns = ["t", "sigma", *(f"{kind}:{name}" for kind in kinds for name in WEIGHTS)]
-    rows = torch.stack([sigma, *(kinds[k][name] for k in kinds for name in WEIGHTS)], 1).tolist()
+    rows = torch.cat([sigma, eps, x0, eps.cumsum(0) / eps.sum(0)], 1).tolist()
     show(args, columns, [[t, *row] for t, row in enumerate(rows, 1)], [
-        dict(y=[f"eps:{name}" for name in WEIGHTS], ylabel="weight on |eps_hat - eps|^2",
-             xscale="linear"),
-        dict(y=[f"x0:{name}" for name in WEIGHTS], ylabel="weight on |x0_hat - x0|^2",
-             xscale="linear"),
-        dict(y=[f"share:{name}" for name in WEIGHTS], ylabel="share of the eps weight up to t",
-             xscale="linear", yscale="linear")])
+        dict(y=[f"{kind}:{name}" for name in WEIGHTS], ylabel=label,
+             yscale="linear" if kind == "share" else "log") for kind, label in kinds.items()])
 
 
 # ---- Variance and effective sample size ----------------------------------------------------------
@@ -142,7 +125,8 @@ def posterior(x, sigma, rows):
 
         D_f = sum_k w_k f(1/(N w_k)),    f(y) = (1/y - 1)^2 (y < 1.5), 8y/27 - 1/3 (y >= 1.5)
 
-    (STF Theorem 2, section 6.1): 0 where x tells nothing, about (N - 1)^2 where it tells the row.
+    (STF Theorem 2; section 6.1 swaps the two laws): 0 where x tells nothing, about (N - 1)^2 where
+    it tells the row.
     x (B, ...), sigma (B, 1, ..., 1), rows (N, ...) -> (B, d), (B,), both float64.
     """
     w, N = stf_weights(x, sigma, rows), len(rows)                                 # (B, N)
@@ -190,7 +174,7 @@ def variance(args):
 
     p0 is uniform on --num rows, or, for the two Gaussians, their law; but D is over the rows there,
     too: over the law it is infinite up to sigma = sqrt(3) 0.14.  Once p(x0 | x) is like p0, V_STF
-    is V_DSM/n (Theorem 2: about V_DSM/(n - 1)).  The paper scales each curve to a maximum of 1.
+    is V_DSM/n (Theorem 2: about V_DSM/(n - 1)).  The paper scales V_DSM and D to a maximum of 1.
     """
     law = args.data in ("two-gaussians", "two-gaussians-64d")
     pool, _, g = some_rows(args, None if law else args.num)
@@ -283,9 +267,7 @@ def linear_gain(variances, levels):
 def suggest(rows, step, g):
     """Hyper-parameters that a set asks for, to start from: [(item, value, reason)]; curves.
 
-    sigma_data: the deviation of all values.
-    sigma_max: the largest distance between rows, so that noise joins any two (Song & Ermon 2020,
-    technique 1).
+    sigma_max: so large that noise joins any two rows (Song & Ermon 2020, technique 1).
     sigma_min: the deviation that rounding to `step` has left in the data, step/sqrt(12).  Points
     are not rounded (step 0): a tenth of the finest deviation s that they resolve; two draws of
     N(., s^2) are about s sqrt(2 d) apart, and so far, in the median, are nearest neighbours.
@@ -344,8 +326,10 @@ def describe(args):
     where = save_csv(args, ["item", "value", "reason"], table)
     for item, value, reason in table:
         print(f"{item:16}{text(value, 4):>10}  {reason}")
-    print("\nvalues to start from; EDM's for CIFAR-10: sigma_data 0.5, P_mean -1.2, P_std 1.2, "
-          f"sigma_min 0.002, sigma_max 80\n\n{where}.csv")
+    print("\nvalues to start from; EDM's for CIFAR-10: sigma_data 0.5, P_mean -1.2, P_std 1.2,\n"
+          "sigma_min 0.002, sigma_max 80.  P_mean and P_std are a rule from second moments alone;\n"
+          "train.py's default P_mean for digits, -0.5, was chosen by looking at samples\n\n"
+          f"{where}.csv")
     names = ["linear gain", "suggested draw", "EDM's draw"]
     draw(f"{where}.png", ["sigma", "ESS", *names], curves, [
         dict(y=["ESS"], ylabel=f"effective sample size, n = {len(rows)}"),
@@ -381,9 +365,9 @@ def denoisers(args):
 @torch.no_grad()
 def denoise(args):
     """One-step estimates x0_hat = D(x0 + sigma noise): pictures at rising sigma (EDM fig. 1), and
-    how far their mean colour is from that of x0, by DDPM's t (DB figs. 3, 12).  At high t no
-    denoiser knows the colour, as x hardly tells of x0: what counts is how far the network's is from
-    the ideal's.  (Points have no pixels: each coordinate is a colour.)"""
+    how far their mean colour is from that of x0, by DDPM's t (DB fig. 3).  At high t no denoiser
+    knows the colour, as x hardly tells of x0: what counts is how far the network's is from the
+    ideal's.  (Points have no pixels: each coordinate is a colour.)"""
     (x0, sources, g), rows, panels = denoisers(args), [], []
     colour = lambda x: x.flatten(2).mean(2) if x.ndim > 2 else x                  # (num, C)
     apart = lambda x, y: (colour(x) - colour(y)).norm(dim=1).mean().item()
@@ -394,7 +378,7 @@ def denoise(args):
         rows.append([t, sigma.item(), *(apart(y, x0) for y in D), *(apart(y, D[0]) for y in D[1:])])
     names = [*sources, *(f"{name} to ideal" for name in [*sources][1:])]
     show(args, ["t", "sigma", *names], rows, [
-        dict(y=names, ylabel="distance of the mean colours", xscale="linear", bottom=1e-3)])
+        dict(y=names, ylabel="distance of the mean colours", bottom=1e-3)])
     noise, path = torch.randn(x0.shape, generator=g).to(x0), f"{args.out}/denoise-images.png"
     for sigma in torch.tensor(args.levels if x0.ndim == 4 else []):
         x = x0 + sigma * noise
@@ -424,8 +408,8 @@ def mse(args):
     names = ["initial", *sources]
     ratios = [f"ratio:{name}" for name in names]
     show(args, ["t", "sigma", *names, *ratios], rows, [
-        dict(y=names, ylabel="|eps_hat - eps|^2/d", xscale="linear", bottom=1e-6),
-        dict(y=ratios, ylabel="as a share of the initial guess's", xscale="linear", bottom=0.01)])
+        dict(y=names, ylabel="|eps_hat - eps|^2/d", bottom=1e-6),
+        dict(y=ratios, ylabel="as a share of the initial guess's", bottom=0.01)])
 
 
 def flow_lines(sampler, schedule, sigma, starts):
@@ -457,7 +441,7 @@ def trajectories(args):
             names = [f"{name}:{label}" for label in ("t", *starts.tolist())]
             columns, cells = columns + names, [*cells, t, *x.T]
             panels.append(dict(x=names[0], y=names[1:], title=f"{name}; Euler's error {error:.3f}",
-                               ylabel="x", xscale="linear", yscale="linear", legend=False))
+                               ylabel="x", yscale="linear", style="-", legend=False))
     show(args, columns, torch.stack(cells, 1).tolist(), panels, most=6)
 
 
@@ -502,7 +486,7 @@ def gap(args):
         columns += [f"{at}:{name}{how}" for at in ("x_t", "x_1") for how in ("", ", if unrelated")]
         cells += [*(d * (decay / decay[0])[:-1].flip(0)), *d]
     panels = [dict(y=[name for name in columns if name.startswith(at)], yscale=yscale,
-                   ylabel=f"gap at {at} (rms)", xscale="linear", xlim=(300, 0))
+                   ylabel=f"gap at {at} (rms)", xlim=(300, 0))
               for at, yscale in (("x_t", "linear"), ("x_1", "log"))]
     show(args, columns, torch.stack(cells, 1).tolist(), panels, most=12)
 
@@ -660,20 +644,20 @@ def trained_mlp(args, pool, g):
 
 def measured(args, g):
     """A denoiser, rows it was trained on, their labels, and lambda: the RUN's, or trained_mlp's."""
-    device, options = pick_device(args.device), {"cond": False}
-    for name in ("data", "activation", "width", "depth", "steps"):
-        if args.run and getattr(args, name) != FIGURES["gradvar"][2][f"--{name}"]:
-            raise BadInput(f"--{name} is for the network trained here; leave it out for a RUN")
+    device = pick_device(args.device)
     if args.run:
         net, options, _ = load_run(args.run, device)
-    data = run_data(options) if args.run else load_data(args.data, args.data_dir)
-    if data.x.ndim > 2 and not args.run:
-        raise BadInput("images need a network that train.py made; name a RUN, or points")
+        data, weight = run_data(options), loss_weight(options)
+    else:
+        data, weight = load_data(args.data, args.data_dir), EDM().weight
+        if data.x.ndim > 2:
+            raise BadInput("images need a network that train.py made; name a RUN, or points")
     rows = torch.randperm(len(data.x), generator=g)[:20_000]
-    pool = load_rows(torch.from_numpy(data.x), rows, None, device)
-    labels = torch.from_numpy(data.labels)[rows] if options["cond"] else torch.zeros_like(rows)
-    net = net if args.run else trained_mlp(args, pool, g)
-    weight = loss_weight(options) if args.run else EDM().weight
+    pool, labels = load_rows(torch.from_numpy(data.x), rows, None, device), torch.zeros_like(rows)
+    if not args.run:
+        net = trained_mlp(args, pool, g)
+    elif options["cond"]:
+        labels = torch.from_numpy(data.labels)[rows]
     return net.requires_grad_(False), pool, labels.to(device), weight
 
 
@@ -694,8 +678,8 @@ def methods(args, d):
 def print_totals(table, rows):
     """Each method's variance over the levels that EDM trains on, DSM's being 1, and its cost."""
     share = log_density(EDM(), torch.tensor([row["sigma"] for row in rows]))
-    print("variance over the levels that EDM trains on; cost in evaluations of D and products with "
-          f"its Jacobian J\n{'':22}{'gradient':>12}{'Adam':>12}{'objective':>12}{'cost':>12}")
+    print("variance over the levels that EDM trains on; cost in evaluations of D and products\n"
+          f"with its Jacobian J\n{'':22}{'gradient':>12}{'Adam':>12}{'objective':>12}{'cost':>12}")
     for name, (_, _, cost) in table.items():
         print(f"{name:22}", end="")
         for kind in ("gradient", "Adam", "objective"):
@@ -715,6 +699,9 @@ def gradvar(args):
     """
     if min(args.n) < args.batch or args.n[0] < args.atoms:
         raise BadInput("a reference has to hold the batch and the atoms; give larger --n")
+    for name in ("data", "activation", "width", "depth", "steps"):
+        if args.run and getattr(args, name) != FIGURES["gradvar"][2][f"--{name}"]:
+            raise BadInput(f"--{name} is for the network trained here; leave it out for a RUN")
     g = torch.Generator().manual_seed(args.seed)
     net, pool, labels, weight = measured(args, g)
     args.num = args.num or (2000 if pool.ndim == 2 else 32)
@@ -770,29 +757,27 @@ ARGUMENTS = {      # what a figure may be asked for; its default is the figure's
     "--out": dict(help="folder of the CSV and the PNG"),
 }
 COMMON = {"--seed": 0, "--out": "plots"}
+SET = {"--data": "digits", "--data-dir": "data", "--size": None}       # figures of a data set
+RUN = SET | {"run": None, "--num": 64, "--device": None}               # of a RUN, or a set alone
 SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
           15.0, 20.0, 30.0, 50.0, 80.0]
-SOURCES = {"run": None, "--data": "digits", "--data-dir": "data", "--size": None, "--num": 64,
-           "--device": None}
 
 FIGURES = {        # name: (function, help, its arguments and their defaults, beside COMMON)
-    "weights": (weights, "all weightings over t, their share of the total", {}),
-    "variance": (variance, "variance of DSM's and STF's targets over sigma", {
-        "--data": "two-gaussians-64d", "--data-dir": "data", "--size": None, "--num": 2000,
-        "--n": [16, 64, 256], "--levels": SIGMAS}),
-    "ess": (ess, "how many references STF averages, and how often training goes there", {
-        "--data": "digits", "--data-dir": "data", "--size": None, "--num": 256,
-        "--n": [256, 1024, 4096], "--levels": SIGMAS}),
+    "weights": (weights, "all weightings over t, and their share of the total (DB figs. 2, 5)", {}),
+    "variance": (variance, "variance of DSM's and STF's targets, by sigma (STF figs. 2, 3)", SET | {
+        "--data": "two-gaussians-64d", "--num": 2000, "--n": [16, 64, 256], "--levels": SIGMAS}),
+    "ess": (ess, "how many references STF averages, and how often training goes there", SET | {
+        "--num": 256, "--n": [256, 1024, 4096], "--levels": SIGMAS}),
     "data": (describe, "what a data set says about hyper-parameters", {
         "data": None, "--data-dir": "data", "--size": None, "--num": 5000}),
-    "denoise": (denoise, "one-step estimates as pictures, and their error in colour", SOURCES | {
+    "denoise": (denoise, "one-step estimates, their colour (EDM fig. 1; DB fig. 3)", RUN | {
         "--levels": [0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 50.0]}),
-    "mse": (mse, "error of eps_hat by step, beside the noisy input as the guess", SOURCES),
-    "trajectories": (trajectories, "the ODE's lines in 1-D under VP, VE and EDM",
+    "mse": (mse, "error of eps_hat by step, beside the noisy input as the guess (DB fig. 4)", RUN),
+    "trajectories": (trajectories, "the ODE's lines in 1-D under VP, VE and EDM (EDM fig. 3)",
                      {"--levels": [25.0, 1.0]}),
-    "gap": (gap, "estimation gap while sampling from x_300", SOURCES),
-    "gradvar": (gradvar, "variance of gradient and objective by estimator; of a RUN's network, or "
-                "an MLP trained here; --num none: 2000 points or 32 images", {
+    "gap": (gap, "estimation gap while sampling from x_300 (SA fig. 4)", RUN),
+    "gradvar": (gradvar, "variance of gradient and objective by estimator (TCV figs. 2-5); of a "
+                "RUN's network, or an MLP trained here; --num none: 2000 points or 32 images", {
         "run": None, "--data": "ring", "--data-dir": "data", "--num": None, "--batch": 1,
         "--n": [256, 16, 64, 1024], "--orders": [0, 1, 2], "--atoms": 4,
         "--levels": [0.001, 0.00316, 0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0],
@@ -802,11 +787,11 @@ FIGURES = {        # name: (function, help, its arguments and their defaults, be
 
 def add_commands(commands):
     """The figures as sub-commands of an argparse parser."""
-    for name, (_, text, arguments) in FIGURES.items():
-        command = commands.add_parser(name, help=text, description=text)
+    for name, (_, about, arguments) in FIGURES.items():
+        command = commands.add_parser(name, help=about, description=about)
         for argument, default in (arguments | COMMON).items():
             how = dict(ARGUMENTS[argument])
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
             if argument.startswith("--"):
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
                 how["help"] += f" (default: {str(shown).lower()})"
             command.add_argument(argument, default=default, **how)

@@ -12,6 +12,7 @@ import datasets
 import evaluate
 import losses
 import papers
+import train
 from schedules import EDM, SCHEDULES, VE
 
 LEVELS = torch.tensor([0.05, 0.2, 0.5, 1.0, 3.0, 10.0], dtype=torch.float64)
@@ -320,6 +321,7 @@ def test_data_command(images, tmp_path, capsys):
     assert table["count"] == "60" and table["shape"] == "3x4x4" and table["duplicates"] == "2"
     assert float(table["sigma_data"]) == pytest.approx(np.load(images).std() / 127.5, rel=1e-3)
     assert float(table["sigma_min"]) == pytest.approx(0.00226, rel=0.01)
+    assert f"P_mean for digits, {train.OPTIONS['P-mean'][1][0]}," in capsys.readouterr().out
     points = {row["item"]: row["value"]
               for row in run(tmp_path, "data", "checkerboard", "--num", "100") if row["reason"]}
     nearest = float(points["nearest, 50 %"])
