@@ -86,7 +86,8 @@ def draw(path, columns, rows, panels, title=None):
         ax.set_ylim(bottom=panel.get("bottom"))
         ax.grid(alpha=0.3)
         if panel.get("legend", True):
-            ax.legend(fontsize=8)
+            beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(panel["y"]) > 6 else {}
+            ax.legend(fontsize=8, **beside)
     page.suptitle(title)
     page.tight_layout()
     page.savefig(path, dpi=100)
