@@ -296,8 +296,8 @@ def report(options, data, run, ema, seconds, count=128):
         return
     table, classes = noise_table(options, data, ema), options["cond"]
     print(f"{options['steps']} steps in {seconds / 60:.1f} minutes\n\n"
-          "   sigma   DSM loss   STF loss   sources averaged  target noise in DSM\n"
-          f"{'':33}by STF (ESS){'*' * classes:6}(chance no network can learn)")
+          "   sigma   DSM loss   STF loss   sources averaged   chance in DSM's loss,\n"
+          f"{'':33}by STF (ESS){'*' * classes:7}which no network can learn")
     for sigma, dsm, stf, size in table:
         chance = 1 - stf / dsm
         print(f"{sigma:8g} {dsm:10.4f} {stf:10.4f} {size:15.1f} {chance:12.0%}   "
@@ -306,8 +306,8 @@ def report(options, data, run, ema, seconds, count=128):
         print("* of the same class only")
     space = "pixel space" if data.x.ndim == 4 else "the points' space"
     print(f"\nFrechet distance in {space}, {count} samples (averaged weights, Heun, NFE "
-          f"{2 * options['sample-steps'] - 1}): {distance:.3f}\n"
-          f"{'the floor, ' + str(count) + ' real samples instead':>40}: {floor:.3f}\n"
+          f"{2 * options['sample-steps'] - 1}): {distance:.4g}\n"
+          f"{'the floor, ' + str(count) + ' real samples instead':>40}: {floor:.4g}\n"
           "both fall with the number of samples: compare the same number only\n")
     columns = ["sigma", "against x0 (DSM)", "against STF's target", "chance"]
     draw(f"{run}/where-stf-acts.png", columns, [
@@ -581,26 +581,29 @@ def parser():
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared, sampling, ruler = (Parser(add_help=False) for _ in range(3))
     add = shared.add_argument
-    add("--num", type=number(int, 1), help="default: 64 images, 4000 points; fid: 2000 images of a "
-        "RUN, 4000 points, or all there are")
-    add("--schedule", choices=SCHEDULES, help="default: the run's own")
-    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-        help="sample i has seed SEED + i (default: 0)")
-    add("--batch", type=number(int, 1), default=64, help="default: 64; changes no image")
-    add("--weights", default="ema", help="ema, raw or another half-life of --ema (default: ema)")
-    add("--device", help="none: cuda where there is one, else cpu")
+    add("--num", type=number(int, 1), metavar="N", help="samples (default: 64 images, 4000 points; "
+        "in fid 2000 images of a RUN, or all of IMAGES)")
+    add("--schedule", choices=SCHEDULES, help="whose time steps (default: the run's own)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, metavar="N",
+        help="sample i has seed N + i (default: 0)")
+    add("--batch", type=number(int, 1), default=64, metavar="N",
+        help="samples drawn together, which changes none of them (default: 64)")
+    add("--weights", default="ema", metavar="NAME", help="ema, raw or another half-life of --ema "
+        "(default: ema)")
+    add("--device", metavar="NAME", help="none: cuda where there is one, else cpu")
     add = sampling.add_argument
-    add("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
-    add("--steps", type=number(int, 1), default=18, help="default: 18; rk45 chooses its own")
-    add("--churn", type=number(float, 0), help="edm-stochastic's S_churn (default: 0)")
-    add("--eta", type=number(float, 0, 1), help="ddim's noise, 0 to 1 (default: 0)")
-    add("--snr", type=number(float, 1e-4, 1), help="of pc's corrector (default: 0.16)")
-    add("--rtol", type=number(float, 1e-7, 1), help="rk45's relative and absolute tolerance "
-        "(default: 1e-5)")
+    add("--sampler", choices=SAMPLERS, default="heun", help="how (default: heun)")
+    add("--steps", type=number(int, 1), default=18, metavar="N",
+        help="time steps (default: 18); rk45 chooses its own")
+    add("--churn", type=number(float, 0), metavar="X", help="edm-stochastic's S_churn (default: 0)")
+    add("--eta", type=number(float, 0, 1), metavar="X", help="ddim's noise, 0 to 1 (default: 0)")
+    add("--snr", type=number(float, 1e-4, 1), metavar="X", help="of pc's corrector (default: 0.16)")
+    add("--rtol", type=number(float, 1e-7, 1), metavar="X", help="rk45's relative and absolute "
+        "tolerance (default: 1e-5)")
     add("--variance", choices=VARIANCES, help="of ddpm (default: beta_tilde) and, but for beta, of "
         "ddim; sn and npr need a run with that --head")
-    add("--guidance", type=number(float, 0), default=1.0, help="classifier-free: away from the "
-        "unconditional denoiser if above 1 (default: 1, none)")
+    add("--guidance", type=number(float, 0), default=1.0, metavar="X", help="classifier-"
+        "free: away from the unconditional denoiser if above 1 (default: 1, none)")
     add = ruler.add_argument
     add("--features", choices=["inception", "pixels"], help="default: pixels for nfe and points, "
         "inception for images")

@@ -46,7 +46,8 @@ def show(args, columns, rows, panels, most=24):
             print("".join(f"{text(cell, 4):>{w}}" for cell, w in zip(cells, width)))
         print()
     print(f"{where}.csv" + (f" has all {len(rows)} rows" if step > 1 else ""))
-    draw(f"{where}.png", columns, rows, panels)
+    of = getattr(args, "run", None) or getattr(args, "data", None)         # a run's or a set's
+    draw(f"{where}.png", columns, rows, panels, of)
 
 
 def save_csv(args, columns, rows):

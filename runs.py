@@ -70,7 +70,7 @@ def number(kind, low, high=float("inf")):
 def multipliers(text):
     """A type for argparse: whole numbers above 0, separated by commas."""
     if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text} is no list of numbers as in 1,2,2")
     return text
 
 
@@ -78,7 +78,7 @@ def lengths(text):
     """A type for argparse: different whole numbers above 0, separated by commas."""
     if not re.fullmatch(r"[1-9]\d{0,11}(,[1-9]\d{0,11})*", text) or \
             len(set(text.split(","))) < len(text.split(",")):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text} is no list of different numbers as in 500,50")
     return text
 
 

@@ -137,7 +137,7 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "steps": (COUNT, (750, 3000, 100_000), "training steps"),
     "batch": (number(int, 1, 65_536), (16, 256, 128), "samples per step"),
     "lr": (number(float, 1e-9), (4e-3, 5e-3, 1e-3), "learning rate of AdamW"),
-    "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises from 0"),
+    "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises, from lr/N"),
     "decay": (SHARE, (0.7, 0.8, 0.0), "last share of the steps, over which the rate falls to 0"),
     "beta2": (SHARE, (0.99, 0.99, 0.999), "AdamW's memory of squared gradients"),
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
@@ -196,8 +196,8 @@ def parser():
                    "objectives of --compare get alike: calls of the network (default), time, steps")
     p.add_argument("--seeds", type=COUNT, default=2, metavar="N",
                    help="runs of each in --compare (default: 2)")
-    p.add_argument("--dry-run", action="store_true", help="print every option, resolved, and the "
-                   "memory it takes, and exit")
+    p.add_argument("--dry-run", action="store_true", help="print every option, as given or by "
+                   "default, and the memory it takes, and exit")
     for name, (kind, default, text) in OPTIONS.items():
         shown = default if not isinstance(default, tuple) else ", ".join(
             f"{k} {v}" for k, v in zip(KINDS, default))
@@ -466,7 +466,7 @@ def tell(folder, table, name, floor):
     for label, steps, values in table:
         values = torch.cat([values[:, :len(COMPARED)] / table[0][2][:, :len(COMPARED)],
                             values[:, len(COMPARED):]], dim=1)
-        cells = [f"{v.mean():.3g} ± {v.std(unbiased=len(v) > 1):.2g}" for v in values.T]
+        cells = [f"{v.mean():.3g}" + (f" ± {v.std():.2g}" if len(v) > 1 else "") for v in values.T]
         lines.append(f"| `{label}` | {steps} | " + " | ".join(cells) + " |")
     Path(folder, "compare.md").write_text("\n".join(lines) + "\n")
     print("error: on held-out rows, as a ratio to the first objective's with the same seed; mean "

@@ -9,13 +9,14 @@ import pytest
 
 import benchmark
 import evaluate
+import exercises
 import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines()
             if re.match(r"    (python|pip) ", line)]
-INLINE = re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+INLINE = re.findall(r"`((?:python|torchrun) [^`]+|(?:train|evaluate)\.py [^`]+)`", README)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -35,7 +36,8 @@ def test_the_two_commands_come_first():
 
 
 def parses(line):
-    for part in re.sub("^torchrun --nproc-per-node 8", "python", line).split(" && "):
+    line = re.sub("^torchrun --nproc-per-node 8|^(?=train|evaluate)", "python ", line)
+    for part in line.split(" && "):
         words = shlex.split(part)
         if words == ["python", "train.py", "--help"]:
             continue
@@ -45,6 +47,8 @@ def parses(line):
             evaluate.parser().parse_args(words[2:])
         elif words[:2] == ["python", "tests/benchmark.py"] and words[2:]:
             assert words[2] == "--only" and words[3] in benchmark.PARTS
+        elif words[:2] == ["python", "tests/exercises.py"] and words[2:]:
+            assert exercises.EXERCISES[words[2]][int(words[3]) - 1]
         else:
             assert part in ("pip install -r requirements.txt", "python -m pytest",
                             "python tests/benchmark.py", "python tests/exercises.py")
@@ -124,7 +128,8 @@ def test_every_picture_has_the_command_that_makes_it():
         parses(command)
 
 
-def test_it_is_short_enough_to_read():
+def test_it_is_short_enough_to_read_and_has_no_blanks_left():
+    assert not re.search(r"@\w+@|TODO|XXX", README)
     assert len(README.splitlines()) <= 250
 
 
