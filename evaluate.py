@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import gradients
+import papers
 from datasets import BadInput, attempt, download, load_data, load_rows, progress
 from losses import stf_target, stf_weights
 from networks import Inception
-from papers import FIGURES, add_commands, draw, save_csv
+from papers import draw, save_csv
 from runs import (CHOICES, SAMPLERS, VARIANCES, Counted, Parser, analytic_moments, build_schedule,
-                  generate, load_run, loss_weight, number, pick_device, ranks, run_data,
+                  even, generate, load_run, loss_weight, number, pick_device, ranks, run_data,
                   save_pictures, to_uint8, total)
 from schedules import SCHEDULES
 
@@ -572,6 +574,74 @@ def nfe(args):
         for name, _, nfe, distance in rows], [
         dict(y=[name for name in names if name in (*some, floor)], ylabel=columns[3], title=title,
              style=".-") for title, some in panels.items()], what)
+
+
+# ---- Figures: their command line -----------------------------------------------------------------
+
+ARGUMENTS = {      # what a figure may be asked for; its default is the figure's own
+    "run": dict(nargs="?", metavar="RUN", help="folder that train.py made (default: none)"),
+    "data": dict(metavar="SET", help="a built-in set or a path, as train.py's --data"),
+    "--data": dict(help="a built-in set or a path, as train.py's"),
+    "--data-dir": dict(help="where downloads and caches lie"),
+    "--size": dict(type=number(int, 1), help="crop and resize images to SIZE x SIZE"),
+    "--num": dict(type=number(int, 1), help="samples measured"),
+    "--n": dict(type=number(int, 1), nargs="+", help="sizes of STF's reference"),
+    "--batch": dict(type=number(int, 1), help="samples of a gradient, which share a reference"),
+    "--orders": dict(type=number(int, 0, 2), nargs="+", help="of Taylor controls"),
+    "--atoms": dict(type=number(int, 1), help="references in STF's control"),
+    "--activation": dict(choices=["silu", "softplus", "tanh", "relu"], help="of the MLP"),
+    "--width": dict(type=even, help="of the MLP"),
+    "--depth": dict(type=number(int, 1), help="hidden layers of the MLP"),
+    "--steps": dict(type=number(int, 0), help="training of the MLP"),
+    "--levels": dict(type=number(float, 1e-6), nargs="+", help="noise levels sigma"),
+    "--seed": dict(type=number(int, 0, 2 ** 32 - 1), help="of every draw"),
+    "--device": dict(help="none: cuda where there is one, else cpu"),
+    "--out": dict(help="folder of the CSV and the PNG"),
+}
+COMMON = {"--seed": 0, "--out": "plots"}
+SET = {"--data": "digits", "--data-dir": "data", "--size": None}       # figures of a data set
+RUN = SET | {"run": None, "--num": 64, "--device": None}               # of a RUN, or a set alone
+SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
+          15.0, 20.0, 30.0, 50.0, 80.0]
+
+FIGURES = {        # name: (function, help, its arguments and their defaults, beside COMMON)
+    "weights": (papers.weights, "all weightings over t, and their share of the total (DB figs. 2, "
+                "5)", {}),
+    "variance": (papers.variance, "variance of DSM's and STF's targets, by sigma (STF figs. 2, 3)",
+                 SET | {"--data": "two-gaussians-64d", "--num": 2000, "--n": [16, 64, 256],
+                        "--levels": SIGMAS}),
+    "ess": (papers.ess, "how many references STF averages, and how often training goes there",
+            SET | {"--num": 256, "--n": [256, 1024, 4096], "--levels": SIGMAS}),
+    "data": (papers.describe, "what a data set says about hyper-parameters", {
+        "data": None, "--data-dir": "data", "--size": None, "--num": 5000}),
+    "denoise": (papers.denoise, "one-step estimates, their colour (EDM fig. 1; DB fig. 3)", RUN | {
+        "--levels": [0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 50.0]}),
+    "mse": (papers.mse, "error of eps_hat by step, beside the noisy input as the guess (DB fig. 4)",
+            RUN),
+    "trajectories": (papers.trajectories, "the ODE's lines in 1-D under VP, VE and EDM (EDM fig. "
+                     "3)", {"--levels": [25.0, 1.0]}),
+    "gap": (papers.gap, "estimation gap while sampling from x_300 (SA fig. 4)", RUN),
+    "gradvar": (gradients.gradvar, "variance of gradient and objective by estimator (TCV figs. "
+                "2-5); of a RUN's network, or an MLP trained here; --num none: 2000 points or 32 "
+                "images", gradients.TRAINED | {
+                    "run": None, "--data-dir": "data", "--num": None, "--batch": 1, "--atoms": 4,
+                    "--n": [256, 16, 64, 1024], "--orders": [0, 1, 2], "--device": None,
+                    "--levels": [0.001, 0.00316, 0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0]}),
+}
+
+
+def add_commands(commands):
+    """The figures as sub-commands of an argparse parser."""
+    for name, (_, about, arguments) in FIGURES.items():
+        command = commands.add_parser(name, help=about, description=about)
+        for argument, default in (arguments | COMMON).items():
+            how = dict(ARGUMENTS[argument])
+            if "type" in how:
+                how["metavar"] = "X" if how["type"].__name__ == "float" else "N"
+            if argument.startswith("--"):
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                how["help"] += f" (default: {str(shown).lower()})"
+            command.add_argument(argument, default=default, **how)
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import evaluate
-import papers
+import gradients
 import train
 from losses import stf_target, taylor_terms
 from networks import MLP, Denoiser
@@ -64,9 +64,9 @@ def measure(net, sigma, pool, seed=1, gamma=0.0, scale=1.0, **given):
     """reduction(loss, control) by kind, of `net` on the pool."""
     args = settings(**given)
     labels = torch.zeros(len(pool), dtype=torch.int64)
-    names, covs = papers.covariances(net, pool, labels, sigma, edm.weight, gamma, scale, args,
+    names, covs = gradients.covariances(net, pool, labels, sigma, edm.weight, gamma, scale, args,
                                      generator(seed))
-    return {kind: partial(papers.reduction, names, cov) for kind, cov in covs.items()}
+    return {kind: partial(gradients.reduction, names, cov) for kind, cov in covs.items()}
 
 
 # ---- Gradients of shares -------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def test_share_gradients_are_those_of_each_share_alone(batch):
     x0, noise = torch.randn(2, copies * batch, 2, generator=g).double()
     labels, s = torch.arange(copies * batch) % 3, torch.rand(len(x0), 1, generator=g).double() + .1
     value = lambda D, *given: taylor_terms(D, *given, edm.weight, lambda s: 1 / (1 + s), order=1)[1]
-    own, theta = papers.own_parameters(net, copies)
-    got, = papers.share_gradients([value(partial(own, labels=labels), x0, noise, s)], theta)
+    own, theta = gradients.own_parameters(net, copies)
+    got, = gradients.share_gradients([value(partial(own, labels=labels), x0, noise, s)], theta)
     assert got.shape == (copies, sum(p.numel() for p in net.parameters()))
     for i, row in enumerate(got):
         mine = slice(i * batch, (i + 1) * batch)
@@ -91,12 +91,12 @@ def test_share_gradients_are_those_of_each_share_alone(batch):
 
 def test_each_share_has_references_of_its_own_its_samples_first_and_of_their_class():
     pool, labels, net = normal_pool(60, d=2), torch.arange(60) % 3, mlp(classes=3)
-    b = next(papers.draw_shares(net, pool, labels, 20, settings(num=5, batch=2), generator()))
+    b = next(gradients.draw_shares(net, pool, labels, 20, settings(num=5, batch=2), generator()))
     assert b["reference"].shape == (5, 20, 2) and b["x0"].shape == (10, 2)
     assert torch.equal(b["reference"][:, :2].flatten(0, 1), b["x0"])
     x, s = b["x0"] + 0.5 * b["noise"], torch.full((10, 1), 0.5).double()
     torch.testing.assert_close(b["D"](x, s), net(x, s, b["labels"]))
-    got = papers.by_share(stf_target, b, 12, x, s)
+    got = gradients.by_share(stf_target, b, 12, x, s)
     for i, y in enumerate(b["reference"][:, :12]):
         mine, label = slice(2 * i, 2 * i + 2), b["reference_labels"][i, :12]
         want = [stf_target(x[mine][j:j + 1], s[mine][:1], y[label == b["labels"][mine][j]])
@@ -118,12 +118,12 @@ def surprise(g):
 def test_all_losses_have_the_gradient_of_dsm_on_average_and_controls_have_none(batch, sigma):
     args, net, pool, rows = settings(num=800, batch=batch), mlp(), normal_pool(d=2), []
     labels = torch.zeros(len(pool), dtype=torch.int64)
-    for b in papers.draw_shares(net, pool, labels, 8, args, generator(2)):
+    for b in gradients.draw_shares(net, pool, labels, 8, args, generator(2)):
         s = torch.full((len(b["x0"]), 1), sigma).double()
-        losses = papers.loss_estimates(b["D"], b, s, edm.weight, 0.8, args.n)
-        controls = papers.control_estimates(b["D"], b, s, edm.weight,
+        losses = gradients.loss_estimates(b["D"], b, s, edm.weight, 0.8, args.n)
+        controls = gradients.control_estimates(b["D"], b, s, edm.weight,
                                             lambda s: edm.precondition(s)[0], args.orders, 8, 3)
-        rows.append(papers.share_gradients([*losses.values(), *controls.values()], b["theta"]))
+        rows.append(gradients.share_gradients([*losses.values(), *controls.values()], b["theta"]))
     dsm, *others = torch.cat(rows, 1)
     for name, g in zip([*losses, *controls][1:], others):
         assert surprise(g - dsm if name in losses else g) < 7, name
@@ -218,7 +218,7 @@ def test_the_trace_of_the_covariance_is_the_sum_over_parameters():
     """Those that a scale of 0 or 1 leaves, and the others."""
     net, pool = mlp(), normal_pool(d=2)
     some = (torch.arange(sum(p.numel() for p in net.parameters())) % 3 == 0).double()
-    one, other = (papers.covariances(net, pool, torch.zeros(len(pool), dtype=torch.int64), 0.3,
+    one, other = (gradients.covariances(net, pool, torch.zeros(len(pool), dtype=torch.int64), 0.3,
                                      edm.weight, 0.5, scale, settings(), generator())[1]
                   for scale in (some, 1 - some))
     torch.testing.assert_close(one["Adam"] + other["Adam"], one["gradient"])
@@ -229,7 +229,7 @@ def test_adam_scale_of_a_constant_network():
     """E (2 (c - t))^2 = 4 (c^2 + 1) at every sigma, EDM's t having unit variance; times E sigma =
     exp(P_mean + P_std^2/2) under a weight that has sqrt(sigma) beside EDM's."""
     pool, weight = normal_pool(), lambda s: edm.weight(s) * s.sqrt()
-    scale = papers.adam_scale(raw("c", c=0.7), pool, torch.zeros(len(pool), dtype=torch.int64),
+    scale = gradients.adam_scale(raw("c", c=0.7), pool, torch.zeros(len(pool), dtype=torch.int64),
                               weight, settings(num=6000), generator())
     assert scale.item() == pytest.approx((4 * 1.49 * math.exp(-0.48)) ** -0.5, rel=0.08)
 
@@ -268,7 +268,7 @@ def test_command_on_a_conditional_run_of_images(tmp_path, capsys):
     assert train.main(["--data", str(tmp_path / "noise.npz"), "--cond", "--width", "8", "--mult",
                        "1,1", "--blocks", "1", "--batch", "8", "--steps", "1", "--warmup", "0",
                        "--sample-steps", "1", "--out", run]) == 0
-    _, pool, labels, _ = papers.measured(SimpleNamespace(run=run, device="cpu"), generator())
+    _, pool, labels, _ = gradients.measured(SimpleNamespace(run=run, device="cpu"), generator())
     assert labels.bincount().tolist() == [20, 20]
     for image, label in zip(pool[:5], labels):
         rows = torch.from_numpy(x.transpose(0, 3, 1, 2)) / 127.5 - 1
@@ -288,7 +288,7 @@ def test_trained_mlp_learns_the_posterior_mean_and_is_the_same_again():
 
     def F(activation="silu", steps=2):
         args = SimpleNamespace(seed=0, width=16, depth=1, steps=steps, activation=activation)
-        net = papers.trained_mlp(args, pool, generator())
+        net = gradients.trained_mlp(args, pool, generator())
         return net(x, s) - edm.precondition(s)[0] * x
     assert F(steps=60).norm() < 0.5 * F(steps=0).norm()
     outputs = [F(name) for name in ("silu", "softplus", "tanh", "relu")]

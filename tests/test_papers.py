@@ -49,8 +49,8 @@ def test_with_matplotlib_there_is_a_small_picture(tmp_path, capsys):
     assert 1000 < (tmp_path / "x.png").stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("name", papers.FIGURES)
+@pytest.mark.parametrize("name", evaluate.FIGURES)
 def test_every_figure_has_help(name, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([name, "--help"])
-    assert papers.FIGURES[name][1][:20] in capsys.readouterr().out.replace("\n", " ")
+    assert evaluate.FIGURES[name][1][:20] in capsys.readouterr().out.replace("\n", " ")
