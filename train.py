@@ -184,8 +184,8 @@ ALL = ("dsm,dsm:batch=32,antithetic,stf,stf:no-mean-correction,sa,sa:level-noise
 
 def parser():
     group = p = runs.Parser(
-        prog="train.py", usage="python train.py [OPTION ..]", description="Train a diffusion model; "
-        "without options: digits, STF, under three minutes on two idle CPU cores.")
+        prog="train.py", usage="python train.py [OPTION]", description="Train a diffusion model: "
+        "without options digits, STF, under three minutes on two idle CPU cores.")
     p.add_argument("--preset", choices=[*PRESETS, "list"], metavar="NAME", help="a paper's run; "
                    "options beside it override its own; list: print them all")
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
