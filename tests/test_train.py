@@ -398,7 +398,7 @@ def test_a_run_killed_before_its_report_gets_it_on_resume(capsys):
 
 
 def test_a_half_life_beyond_the_run_is_told(capsys):
-    for half_life, told in (("64", False), ("65,8", True)):
+    for half_life, told in (("64,8", False), ("65,8", True)):
         argv = [*POINTS, "--steps", "2", "--batch", "32", "--ema", half_life, "--dry-run"]
         assert train.main(argv) == 0
         assert ("more than the 64 images" in capsys.readouterr().out) == told
