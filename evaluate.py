@@ -287,7 +287,7 @@ def noise_table(options, data, ema, count=128):
 
 
 def report(options, data, run, ema, seconds, count=128):
-    """What a person wants to know at the end, on the terminal and as the log's last line.
+    """What a person wants to know at the end, on the terminal, as a picture, and in the log.
 
     Every rank draws its share of the samples; the first one tells.
     """

@@ -468,7 +468,7 @@ def head_loss(with_head, x0, noise, sigma, kind="sn"):
 
     eps_hat = (x - D)/sigma, detached.  To be trained in eval mode: dropout in eps_hat would add its
     own variance to NPR's, as it does in the published code.  with_head(x, sigma) -> D, h;
-    x0, noise (B, ...), sigma (B, 1, ..., 1) -> (B,).  Needs: nothing.
+    x0, noise (B, ...), sigma (B, 1, ..., 1) -> (B,).  KeyError: another kind.  Needs: nothing.
     """
     x = x0 + sigma * noise                                                        # (B, ...)
     D, h = with_head(x, sigma)

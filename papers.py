@@ -123,9 +123,8 @@ def posterior(x, sigma, rows):
 
         D_f = sum_k w_k f(1/(N w_k)),    f(y) = (1/y - 1)^2 (y < 1.5), 8y/27 - 1/3 (y >= 1.5)
 
-    (STF Theorem 2; section 6.1 swaps the two laws): 0 where x tells nothing, about (N - 1)^2 where
-    it tells the row.
-    x (B, ...), sigma (B, 1, ..., 1), rows (N, ...) -> (B, d), (B,), both float64.
+    (STF Theorem 2; section 6.1 swaps the two laws).  0 where x tells nothing, ~(N - 1)^2 where
+    it tells the row.  x (B, ...), sigma (B, 1, ..., 1), rows (N, ...) -> float64 (B, d), (B,).
     """
     w, N = stf_weights(x, sigma, rows), len(rows)                                 # (B, N)
     f = torch.where(N * w > 2 / 3, w * (N * w - 1) ** 2, 8 / 27 / N - w / 3)

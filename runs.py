@@ -1,7 +1,7 @@
 """runs.py: what a run is.  Its folder, checkpoints, network, log, samples and pictures.
 
 A run is a folder that train.py makes: options.json, log.jsonl (a line per step), checkpoint-*.pt
-(plain tensors, never unpickled) and samples-*.png.
+(plain tensors, never unpickled), samples-*.png and, with matplotlib, where-stf-acts.png.
 """
 
 import argparse
