@@ -22,8 +22,8 @@ from datasets import BadInput, attempt, download, load_data, load_rows, progress
 from losses import stf_target, stf_weights
 from networks import Inception
 from papers import draw, save_csv
-from runs import (CHOICES, SAMPLERS, VARIANCES, Counted, Parser, analytic_moments, build_schedule,
-                  even, generate, load_run, loss_weight, number, pick_device, ranks, run_data,
+from runs import (CHOICES, SAMPLERS, VARIANCES, Parser, analytic_moments, build_schedule, even,
+                  generate, load_run, loss_weight, number, pick_device, ranks, run_data,
                   save_pictures, to_uint8, total)
 from schedules import SCHEDULES
 
@@ -346,6 +346,20 @@ def choices_of(args, options):
     return given
 
 
+class Counted:
+    """A denoiser that counts the rows it is asked for: NFE = rows / samples."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.rows = denoiser, 0
+
+    def __call__(self, x, sigma, *labels):
+        return self.with_head(x, sigma, *labels)[0]
+
+    def with_head(self, x, sigma, *labels):
+        self.rows += len(x)
+        return self.denoiser.with_head(x, sigma, *labels)
+
+
 def open_run(args):
     """Of a run: sampled(num, sampler, steps, guide, labels, **choices), batches of samples; the
     denoiser it calls, which counts; the options; and a text that says which weights these are."""
@@ -658,8 +672,8 @@ def parser():
         help="sample i has seed N + i (default: 0)")
     add("--batch", type=number(int, 1), default=64, metavar="N",
         help="samples drawn together, which changes none of them (default: 64)")
-    add("--weights", default="ema", metavar="NAME", help="ema, raw or another half-life of --ema "
-        "(default: ema)")
+    add("--weights", default="ema", metavar="NAME", help="ema, raw, another length of --ema, or, "
+        "where that has widths, any width, put together from all checkpoints (default: ema)")
     add("--device", metavar="NAME", help="none: cuda where there is one, else cpu")
     add = sampling.add_argument
     add("--sampler", choices=SAMPLERS, default="heun", help="how (default: heun)")

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
+from averages import reconstruct
 from datasets import POINT_SETS, BadInput, attempt, load_data, load_rows, picture
 from losses import WEIGHTS
 from networks import MLP, UNETS, Denoiser, UNet, target_coefficients
@@ -75,10 +76,12 @@ def multipliers(text):
 
 
 def lengths(text):
-    """A type for argparse: different whole numbers above 0, separated by commas."""
-    if not re.fullmatch(r"[1-9]\d{0,11}(,[1-9]\d{0,11})*", text) or \
-            len(set(text.split(","))) < len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is no list of different numbers as in 500,50")
+    """A type for argparse: different half-lives (whole numbers) or widths (.01 to .28)."""
+    one = r"([1-9]\d{0,11}|0\.(0[1-9]|1\d?|2[0-7]?)\d{0,2})"
+    if not re.fullmatch(f"{one}(,{one})*", text) or \
+            len(set(map(float, text.split(",")))) < len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is no list of different numbers as in 500,50, or "
+                                         "of widths from .01 to .28 as in 0.05,0.1")
     return text
 
 
@@ -347,14 +350,17 @@ def loss_weight(options):
 def load_run(run, device="cpu", weights="ema"):
     """A run's denoiser in eval mode, its options, and the step of its newest checkpoint.
 
-    weights: "raw", "ema" (the first of --ema's averages), or another of these by its half-life.
+    weights: "raw", "ema" (the first of --ema's averages), another of these by its name, or any
+    width, where --ema has widths.
     """
     state = load_checkpoint(run, device)
     options, averages = state["options"], state["ema"]
     denoiser = attempt(f"the options of {run}", "name another run", build_denoiser, options)
     name = next(iter(averages), None) if weights == "ema" else weights
     if name != "raw" and name not in averages:
-        raise BadInput(f"--weights {weights}: choose raw, ema or one of {', '.join(averages)}")
+        cure = f"choose raw, ema or one of {', '.join(averages)}"
+        averages[name] = attempt(f"--weights {name}", cure, lambda: reconstruct(
+            checkpoints(run) or [run], partial(load_checkpoint, device=device), float(name)))
     load_weights(denoiser, state["model"] if name == "raw" else averages[name], run)
     return denoiser.to(device).eval(), options, state["step"]
 
@@ -498,20 +504,6 @@ def analytic_moments(run, denoiser, options, step, weights="ema", device="cpu", 
         stored = json.loads(Path(path).read_text())
         return tuple([*map(float, stored[name])] for name in ("levels", "moments"))
     return attempt(path, "delete it, and it is measured again", read)
-
-
-class Counted:
-    """A denoiser that counts the rows it is asked for: NFE = rows / samples."""
-
-    def __init__(self, denoiser):
-        self.denoiser, self.rows = denoiser, 0
-
-    def __call__(self, x, sigma, *labels):
-        return self.with_head(x, sigma, *labels)[0]
-
-    def with_head(self, x, sigma, *labels):
-        self.rows += len(x)
-        return self.denoiser.with_head(x, sigma, *labels)
 
 
 def save_samples(run, step, denoiser, ema, options, data):

@@ -27,11 +27,12 @@ import torch
 import evaluate
 import papers
 import runs
+from averages import ema_beta, update_ema
 from datasets import BadInput, attempt, load_data
 from losses import WEIGHTS
 from networks import UNETS
-from objectives import (backward, build_tools, cost, draw_batch, memory, update, update_beta,
-                        update_ema)
+from objectives import (arrange_memory, backward, build_tools, cost, draw_batch, memory, update,
+                        update_beta)
 from runs import Log, even, lengths, multipliers, number, ranks, save_samples
 from schedules import SCHEDULES
 
@@ -142,8 +143,8 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "beta2": (SHARE, (0.99, 0.99, 0.999), "AdamW's memory of squared gradients"),
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
     "clip": (number(float, 1e-9), 1.0, "limit on the gradient's norm"),
-    "ema": (lengths, ("2000", "20000", "500000"), "half-lives of the weight averages, in images, "
-            "as in 500000,50000; samples are of the first"),
+    "ema": (lengths, ("2000", "20000", "500000"), "weight averages: half-lives in images, as in "
+            "500000,50000, or widths of power functions, as in 0.05,0.1; samples are of the first"),
     "ema-rampup": (SHARE, 0.05, "a half-life is at most this share of the images seen"),
     "amp": (["auto", "none", "bf16", "fp16"], "auto", "precision of the network alone; auto: bf16 "
             "on GPUs that have it"),
@@ -321,8 +322,9 @@ def train(options, data, run, state, denoiser, emas, real):
             batch = draw_batch(pixels, labels, options, schedule, step)
             loss = backward(options, denoiser, batch, tools, scaler, step)        # (B,)
             norm = update(options, optimizer, scaler, parameters, step, loss)
-            for half_life, ema in emas.items():
-                update_ema(ema, denoiser, int(half_life), options, (step + 1) * options["batch"])
+            for length, ema in emas.items():
+                beta = ema_beta(float(length), step + 1, options["batch"], options["ema-rampup"])
+                update_ema(ema, denoiser, beta)
             if tools["beta"] and step % 25 == 0:
                 update_beta(options, denoiser, batch, tools, step)
             log.step(step + 1, loss, norm, batch["sigma"])
@@ -528,19 +530,16 @@ def run_training(given, brief=False):
     attempt(f"--sample-steps {options['sample-steps']}", "choose fewer",
             runs.build_schedule(options).time_steps, options["sample-steps"])
     denoiser = runs.agree(lambda: runs.build_denoiser(options)).to(options["device"])
-    if options["loss"] in ("dsm", "stf"):                     # the others' vmap cannot have it
-        denoiser.to(memory_format=torch.channels_last)
+    arrange_memory(denoiser, options["loss"])
     describe(options, data, denoiser, name)
     if dry:
         print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
-        sizes = memory(options, denoiser, data)
-        sizes["sum, without activations"] = sum(sizes.values())
         print("\n".join(f"memory  {what:28}{size / 2 ** 20:10,.1f} MiB"
-                        for what, size in sizes.items()))
+                        for what, size in memory(options, denoiser, data).items()))
         return 0
 
-    emas = {half_life: copy.deepcopy(denoiser).requires_grad_(False)
-            for half_life in options["ema"].split(",")}
+    emas = {length: copy.deepcopy(denoiser).requires_grad_(False)
+            for length in options["ema"].split(",")}
     state = runs.agree(lambda: starting_state(options, denoiser, emas, run))
     real = evaluate.real_ones(options, data) if options["fid-every"] else None
     run = run or runs.first(lambda: runs.new_run(options["out"], f"{data.name}-{name}"))
@@ -573,7 +572,7 @@ def describe(options, data, denoiser, name):
           f"{options['steps']} steps of {options['batch']}, on {options['device']}"
           + f" x {ranks()[1]}" * (ranks()[1] > 1))
     images, share = options["steps"] * options["batch"], options["ema-rampup"]
-    if any(int(half_life) > images for half_life in options["ema"].split(",")):
+    if any(float(length) > images for length in options["ema"].split(",")):
         print(f"warning   --ema {options['ema']}: a half-life of more than the {images} images of "
               f"this run; --ema-rampup {share} keeps it below {share * images:g}")
 
@@ -584,8 +583,8 @@ def starting_state(options, denoiser, emas, run):
     if run and runs.checkpoints(run):
         state = runs.load_checkpoint(run, options["device"])
         runs.load_weights(denoiser, state["model"], run)
-        for half_life, ema in emas.items():
-            runs.load_weights(ema, state["ema"].get(half_life), run)
+        for length, ema in emas.items():
+            runs.load_weights(ema, state["ema"].get(length), run)
     elif options["init"]:
         weights = runs.load_run(options["init"], options["device"])[0].state_dict()
         for network in (denoiser, *emas.values()):

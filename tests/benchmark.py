@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import averages
 import datasets
 import evaluate
 import losses
@@ -112,6 +113,13 @@ def median_times(repeats, *functions, take=statistics.median):
     return [take(taken[1:]) for taken in times]
 
 
+def fresh_process(worker, *arguments):
+    """The numbers that WORKERS[worker](*arguments) gives in a process of its own."""
+    command = [sys.executable, __file__, "--worker", worker, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [float(number) for number in done.stdout.split()]
+
+
 def peak_kib():
     """The process's peak resident set (macOS counts in bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,7 +127,7 @@ def peak_kib():
 
 
 def memory_worker(name, B, n):
-    """Run in a fresh process: prints the MiB that one target adds to the peak.
+    """In a fresh process: the MiB that one target adds to the peak.
 
     The inputs are filled in place: a temporary of theirs would raise the peak beforehand, and hide
     as much of the target's own.
@@ -132,18 +140,14 @@ def memory_worker(name, B, n):
     grown = (peak_kib() - before) / 1024
     if grown <= 0:
         raise SystemExit("the peak did not grow: something before the measurement was larger")
-    print(grown)
-
-
-def peak_memory(name, B, n):
-    command = [sys.executable, __file__, "--memory", name, str(B), str(n)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return [grown]
 
 
 def stf_target_rows(quick):
     B, n, repeats = (16, 512, 3) if quick else (64, 4096, 3)
     size = f"B {B}, n {n}, d 3072"
-    yield f"stf_target, peak MiB, {size}", *(peak_memory(name, B, n) for name in TARGETS)
+    yield f"stf_target, peak MiB, {size}", *(
+        fresh_process("memory", name, B, n)[0] for name in TARGETS)
     inputs = problem(B, n)
     times = median_times(repeats, *(lambda f=f: f(*inputs) for f in TARGETS.values()))
     yield f"stf_target, seconds, {size}", *times
@@ -212,7 +216,7 @@ def ddpmpp_step(way, B, device):
             block.attend = plain_attend.__get__(block)
     denoiser = networks.Denoiser(net, EDM().precondition).to(device)
     if way != "plain":
-        denoiser.to(memory_format=torch.channels_last)
+        objectives.arrange_memory(denoiser, "dsm")
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     fused = dict(fused=True) if way != "plain" else dict(foreach=False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, **fused)
@@ -229,7 +233,7 @@ def ddpmpp_step(way, B, device):
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad()
         if way != "plain":
-            objectives.update_ema(ema, denoiser, 10 ** 5, {"ema-rampup": 1, "batch": B}, 10 ** 6)
+            averages.update_ema(ema, denoiser, 0.999)
         else:
             with torch.no_grad():
                 for average, new in zip(ema.parameters(), denoiser.parameters()):
@@ -239,39 +243,51 @@ def ddpmpp_step(way, B, device):
     return step
 
 
-def network_rows(quick):
-    """DDPM++'s training step, and what share it is of the device's matrix product's speed."""
-    device, threads = "cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()
+def step_worker(way, B, device):
+    """In a fresh process: the seconds of a step, the least of three turns after one to warm up."""
     torch.set_num_threads(1)
-    B, repeats = (512, 5) if device == "cuda" else (4, 1) if quick else (32, 4)
+    return median_times(3, ddpmpp_step(way, B, device), take=min)
+
+
+def network_rows(quick):
+    """DDPM++'s training step, and what share it is of the device's matrix product's speed.
+
+    Every turn is a fresh process, since train.py's settings of the allocator are the process's.
+    The time is the least of all: what others run on a shared machine only adds.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    B, turns = (512, 2) if device == "cuda" else (4, 1) if quick else (32, 3)
     ways = ["train.py's", "plain", "micro", "compiled", "bf16", "compiled bf16"][:3 if quick else 6]
-    mine, *rest = times = median_times(repeats, *(ddpmpp_step(way, B, device) for way in ways),
-                                       take=min)
-    for way, seconds in zip(ways[1:], rest):
-        yield f"DDPM++ width 64, batch {B}, seconds a step (other: {way})", mine, seconds
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _, way in itertools.product(range(turns), ways):
+        seconds[way] = min(seconds[way], *fresh_process("step", way, B, device))
+    for way in ways[1:]:
+        what = f"DDPM++ width 64, batch {B}, seconds a step (other: {way})"
+        yield what, seconds[ways[0]], seconds[way]
     with FlopCounterMode(display=False) as counter:
-        ddpmpp_step("plain", B, device)()
+        ddpmpp_step("plain", 2, "cpu")()
+    work = counter.get_total_flops() * B / 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     a = torch.randn(4096, 4096, device=device)
-    for way, seconds in zip(ways, times):
+    for way, taken in seconds.items():
         b = a.to(torch.bfloat16) if "bf16" in way else a
-        peak, = median_times(1, lambda b=b: (b @ b).sum().item())
-        yield f"    {way}: images/s; share of the matrix product's FLOP/s", B / seconds, (
-            counter.get_total_flops() / seconds / (2 * 4096 ** 3 / peak) * B / seconds)
+        peak, = median_times(2, lambda b=b: (b @ b).sum().item(), take=min)
+        yield f"    {way}: images/s; share of the matrix product's FLOP/s", B / taken, (
+            work / taken / (2 * 4096 ** 3 / peak) * B / taken)
     torch.set_num_threads(threads)
 
 
 def whole_set_rows(quick):
     """STF with a uint8 reference of CIFAR-10's size: peak memory beyond the set, time by n."""
     n = 5000 if quick else 50_000
-    command = [sys.executable, __file__, "--whole-set", "128", str(n)]
-    grown, half, whole = map(float, subprocess.run(
-        command, check=True, capture_output=True, text=True).stdout.split())
+    grown, half, whole = fresh_process("whole", 128, n)
     yield f"whole uint8 set as reference, B 128, n {n}: peak MiB (other: the limit)", grown, 400.0
     yield f"    seconds, n {n // 2} (other: n {n})", half, whole
 
 
 def whole_set_worker(B, n):
-    """Run in a fresh process: prints the MiB beyond the set, the seconds for half of it and all."""
+    """In a fresh process: the MiB beyond the set, the seconds for half of it and for all."""
     reference = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
     x, sigma = torch.randn(B, 3, 32, 32), torch.ones(B, 1, 1, 1)
     losses.stf_target(x[:2], sigma[:2], reference[:8])
@@ -280,7 +296,7 @@ def whole_set_worker(B, n):
         start = time.perf_counter()
         losses.stf_target(x, sigma, rows)
         seconds.append(time.perf_counter() - start)
-    print((peak_kib() - before) / 1024, *seconds)
+    return (peak_kib() - before) / 1024, *seconds
 
 
 def sampler_rows(quick):
@@ -329,6 +345,7 @@ def frechet_rows(quick):
         1, *(lambda f=f: f(*given) for f in ways))
 
 
+WORKERS = dict(memory=memory_worker, whole=whole_set_worker, step=step_worker)
 PARTS = dict(target=stf_target_rows, whole=whole_set_rows, objectives=objective_rows,
              network=network_rows, samplers=sampler_rows, frechet=frechet_rows)
 
@@ -338,14 +355,11 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
     parser.add_argument("--only", help="one part: " + ", ".join(PARTS))
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--whole-set", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.memory:
-        name, B, n = options.memory
-        return memory_worker(name, int(B), int(n))
-    if options.whole_set:
-        return whole_set_worker(*options.whole_set)
+    if options.worker:
+        name, *given = options.worker
+        return print(*WORKERS[name](*(int(v) if v.isdecimal() else v for v in given)))
 
     machine = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
     print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)

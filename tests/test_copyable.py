@@ -1,7 +1,7 @@
-"""Each public function or class of the four concept files works when pasted alone.
+"""Each public function or class of the four concept files and averages.py works when pasted alone.
 
-Its source and what its docstring's `Needs:` names go into an empty module that has imported torch
-and math; there it must give what the original gives.
+Its source and what its docstring's `Needs:` names go into an empty module that has imported torch,
+numpy and math; there it must give what the original gives.
 """
 
 import ast
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 HEADER = """
 import math
 from dataclasses import dataclass
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,7 +40,7 @@ def sources(name):
     return found
 
 
-FOUND = {(file, name): entry for file in ("schedules", "networks", "losses", "samplers")
+FOUND = {(file, name): entry for file in ("schedules", "networks", "losses", "samplers", "averages")
          for name, entry in sources(file).items()}
 
 
@@ -92,6 +93,12 @@ def unet(cls, adm):
 
 PAIR = torch.stack(start()[:2])
 WARP = torch.tensor([[1.0, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [1, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def ema_of_two(update):
+    ema, model = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    update(ema, model, 0.3)
+    return ema.weight.detach()
 
 
 def running_beta(beta):
@@ -173,6 +180,12 @@ CALLS = {
     "langevin": lambda f: f(*start()[:2], start()[1], start()[2]),
     "snr_step": lambda f: f(*start()[:2], 0.16, 0.9),
     "predictor_corrector": lambda f: f(denoise, start()[0], GRID, IDENTITY, lambda: start()[1]),
+    "ema_beta": lambda f: torch.tensor([f(0.1, 5), f(100, 5, 10, 0.5)]),
+    "update_ema": ema_of_two,
+    "exponent": lambda f: torch.tensor(f(0.1)),
+    "mixture": lambda f: torch.from_numpy(f([1, 2], [0.1, 0.05], 2, 0.1)),
+    "reconstruct": lambda f: f([1, 2], lambda step: dict(step=step, ema={"0.1": {"w": start()[0]}}),
+                               0.2)["w"],
 }
 CALLS |= {f"{name}_weight": lambda f: f(start()[2])
           for name in ("constant", "p2", "min_snr", "inverse_snr", "debias", "edm")}

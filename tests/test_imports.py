@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"schedules", "networks", "losses", "samplers", "datasets", "runs", "objectives", "papers",
-        "gradients", "evaluate", "train"}
+OURS = {"schedules", "networks", "losses", "samplers", "averages", "datasets", "runs", "objectives",
+        "papers", "gradients", "evaluate", "train"}
 CONCEPTS = {"schedules", "networks", "losses", "samplers"}
 ALLOWED = {                                          # file: (of ours, third-party)
     "schedules": (set(), {"torch"}),
     "networks": (set(), {"torch"}),
     "losses": (set(), {"torch"}),
     "samplers": (set(), {"torch"}),
+    "averages": (set(), {"torch", "numpy"}),
     "datasets": (set(), {"torch", "numpy", "PIL"}),
-    "runs": (CONCEPTS | {"datasets"}, {"torch", "numpy", "PIL"}),
+    "runs": (CONCEPTS | {"averages", "datasets"}, {"torch", "numpy", "PIL"}),
     "objectives": (CONCEPTS | {"datasets", "runs"}, {"torch"}),
     "papers": (CONCEPTS | {"datasets", "runs"}, {"torch", "numpy", "PIL"}),
     "gradients": (CONCEPTS | {"datasets", "runs", "papers"}, {"torch"}),
     "evaluate": (CONCEPTS | {"datasets", "runs", "papers", "gradients"}, {"torch", "numpy"}),
-    "train": (CONCEPTS | {"datasets", "runs", "objectives", "papers", "evaluate"}, {"torch"}),
+    "train": (CONCEPTS | {"averages", "datasets", "runs", "objectives", "papers", "evaluate"}, {"torch"}),
 }
 CONCEPT_STDLIB = {"math", "dataclasses"}
 
