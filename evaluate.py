@@ -377,7 +377,8 @@ def open_run(args):
         labels = in_turn(range(num), options) if labels is None else labels
         return drawn(denoise, seeds, shape, sampler, schedule, steps, labels,
                      args.batch if len(shape) > 1 else num, device, analytic, guide, **choices)
-    return sampled, denoise, options, f"{args.run} at step {step}, {args.weights} weights"
+    what = f"{args.run} at step {step}" + ", averaged weights" * (args.weights == "ema")
+    return sampled, denoise, options, what
 
 
 def described(args, choices):
@@ -672,8 +673,8 @@ def parser():
         help="sample i has seed N + i (default: 0)")
     add("--batch", type=number(int, 1), default=64, metavar="N",
         help="samples drawn together, which changes none of them (default: 64)")
-    add("--weights", default="ema", metavar="NAME", help="ema, raw, another length of --ema, or, "
-        "where that has widths, any width, put together from all checkpoints (default: ema)")
+    add("--weights", default="ema", metavar="NAME", help="ema, raw, another one of --ema, or, if "
+        "that has widths, any from 0.01 to 0.28, from all checkpoints kept (default: ema)")
     add("--device", metavar="NAME", help="none: cuda where there is one, else cpu")
     add = sampling.add_argument
     add("--sampler", choices=SAMPLERS, default="heun", help="how (default: heun)")

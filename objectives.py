@@ -308,7 +308,7 @@ def cost(options, data, equal):
         return options["batch"] * calls.get(options["loss"], 1)
     pixels, labels = runs.on_device(data, options["device"])
     denoiser, schedule = runs.build_denoiser(options), runs.build_schedule(options)
-    denoiser.to(options["device"])
+    arrange_memory(denoiser.to(options["device"]), options["loss"])
     tools, scaler = build_tools(pixels, labels, options), torch.amp.GradScaler(enabled=False)
     times = []
     for step in range(6):                                             # the first step is warm-up

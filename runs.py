@@ -76,12 +76,13 @@ def multipliers(text):
 
 
 def lengths(text):
-    """A type for argparse: different half-lives (whole numbers) or widths (.01 to .28)."""
-    one = r"([1-9]\d{0,11}|0\.(0[1-9]|1\d?|2[0-7]?)\d{0,2})"
-    if not re.fullmatch(f"{one}(,{one})*", text) or \
-            len(set(map(float, text.split(",")))) < len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is no list of different numbers as in 500,50, or "
-                                         "of widths from .01 to .28 as in 0.05,0.1")
+    """A type for argparse: different half-lives (whole numbers) or widths (0.01 to 0.28)."""
+    items = text.split(",")
+    if not all(re.fullmatch(r"[1-9]\d{0,11}|0\.\d{1,4}", item) and (
+            float(item) >= 1 or 0.01 <= float(item) <= 0.28) for item in items) or \
+            len({*map(float, items)}) < len(items):
+        raise argparse.ArgumentTypeError(f"{text} is no list of half-lives in images, as in "
+                                         "500,50, or widths from 0.01 to 0.28, no two alike")
     return text
 
 
@@ -358,7 +359,7 @@ def load_run(run, device="cpu", weights="ema"):
     denoiser = attempt(f"the options of {run}", "name another run", build_denoiser, options)
     name = next(iter(averages), None) if weights == "ema" else weights
     if name != "raw" and name not in averages:
-        cure = f"choose raw, ema or one of {', '.join(averages)}"
+        cure = f"choose raw, ema, one of {', '.join(averages)}, or, if these are widths, any width"
         averages[name] = attempt(f"--weights {name}", cure, lambda: reconstruct(
             checkpoints(run) or [run], partial(load_checkpoint, device=device), float(name)))
     load_weights(denoiser, state["model"] if name == "raw" else averages[name], run)

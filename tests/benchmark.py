@@ -3,10 +3,10 @@
     python tests/benchmark.py [--quick] [--only PART] [--json FILE]
 
 "other" is the published form of the stable target, which broadcasts (B, n, d), or what is named.
-Every time is a median of runs taken in turn with those of its rivals, so that load on the machine
-falls on all.  Memory is what a fresh process peaks at above what it holds with its inputs made.
-Errors are relative, in norm, the largest of the batch, against float64 row by row.
-The full run needs about 7 GiB of free memory.
+Every time is a median (the network's: the least) of runs taken in turn with those of its rivals, so
+that load on the machine falls on all.  Memory is what a fresh process peaks at above what it holds
+with its inputs made.  Errors are relative, in norm, the largest of the batch, against float64 row
+by row.  The full run needs about 7 GiB of free memory.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def error(target, inputs, exact):
     return (difference / exact.flatten(1).norm(dim=1)).max().item()
 
 
-def median_times(repeats, *functions, take=statistics.median):
+def times_in_turn(repeats, *functions, take=statistics.median):
     """Seconds a call, after one run of each to warm up.  The functions take turns of a second or
     more each: as in training, most calls follow one of their own kind, with its memory at hand.
     take=min where a call is long and the machine is shared: what others run only adds."""
@@ -149,7 +149,7 @@ def stf_target_rows(quick):
     yield f"stf_target, peak MiB, {size}", *(
         fresh_process("memory", name, B, n)[0] for name in TARGETS)
     inputs = problem(B, n)
-    times = median_times(repeats, *(lambda f=f: f(*inputs) for f in TARGETS.values()))
+    times = times_in_turn(repeats, *(lambda f=f: f(*inputs) for f in TARGETS.values()))
     yield f"stf_target, seconds, {size}", *times
     inputs = problem(16, 512)
     exact = exact_target(*inputs)
@@ -189,7 +189,7 @@ def objective_rows(quick):
             if tools["beta"] and n % 25 == 0:
                 objectives.update_beta(options, denoiser, batch, tools, n)
         steps.append(step)
-    dsm, *rest = median_times(1 if quick else 5, *steps)
+    dsm, *rest = times_in_turn(1 if quick else 5, *steps)
     for objective, seconds in zip(OBJECTIVES[1:], rest):
         yield f"training step, seconds: dsm (other: {objective})", dsm, seconds
 
@@ -205,9 +205,8 @@ def plain_attend(self, x):
 def ddpmpp_step(way, B, device):
     """A training step of DDPM++ of base width 64 on 32x32 images: as train.py does it, or plainly.
 
-    micro: with --micro-batch 16, whose tensors a CPU's caches and allocator take more easily.
-
-    plain: float32 and NCHW, attention, AdamW and the weight average step by step.
+    plain: float32 and NCHW, memory as the system has it, attention, AdamW and the weight average
+    step by step.  micro: with --micro-batch 16, whose tensors a CPU's caches take more easily.
     """
     torch.manual_seed(0)
     net = networks.UNet(32, 3, **networks.UNETS["ddpmpp"] | {"width": 64})
@@ -246,36 +245,39 @@ def ddpmpp_step(way, B, device):
 def step_worker(way, B, device):
     """In a fresh process: the seconds of a step, the least of three turns after one to warm up."""
     torch.set_num_threads(1)
-    return median_times(3, ddpmpp_step(way, B, device), take=min)
+    return times_in_turn(3, ddpmpp_step(way, B, device), take=min)
 
 
 def network_rows(quick):
     """DDPM++'s training step, and what share it is of the device's matrix product's speed.
 
     Every turn is a fresh process, since train.py's settings of the allocator are the process's.
-    The time is the least of all: what others run on a shared machine only adds.
+    The time is the least of all: what others run on a shared machine only adds.  train.py's and the
+    plain way have the most turns.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, turns = (512, 2) if device == "cuda" else (4, 1) if quick else (32, 3)
+    B, turns = (512, 2) if device == "cuda" else (4, 1) if quick else (32, 6)
     ways = ["train.py's", "plain", "micro", "compiled", "bf16", "compiled bf16"][:3 if quick else 6]
     seconds = dict.fromkeys(ways, float("inf"))
-    for _, way in itertools.product(range(turns), ways):
-        seconds[way] = min(seconds[way], *fresh_process("step", way, B, device))
-    for way in ways[1:]:
-        what = f"DDPM++ width 64, batch {B}, seconds a step (other: {way})"
-        yield what, seconds[ways[0]], seconds[way]
+    for turn in range(turns):
+        for way in ways if turn < 2 else ways[:2]:
+            seconds[way] = min(seconds[way], *fresh_process("step", way, B, device))
     with FlopCounterMode(display=False) as counter:
         ddpmpp_step("plain", 2, "cpu")()
-    work = counter.get_total_flops() * B / 2
-    threads = torch.get_num_threads()
+    work, threads = counter.get_total_flops() * B / 2, torch.get_num_threads()
     torch.set_num_threads(1)
-    a = torch.randn(4096, 4096, device=device)
-    for way, taken in seconds.items():
-        b = a.to(torch.bfloat16) if "bf16" in way else a
-        peak, = median_times(2, lambda b=b: (b @ b).sum().item(), take=min)
-        yield f"    {way}: images/s; share of the matrix product's FLOP/s", B / taken, (
-            work / taken / (2 * 4096 ** 3 / peak) * B / taken)
+    a, peak = torch.randn(4096, 4096, device=device), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        product, = times_in_turn(4, lambda b=a.to(dtype): (b @ b).sum().item(), take=min)
+        peak[dtype == torch.bfloat16] = 2 * 4096 ** 3 / product
     torch.set_num_threads(threads)
+    share = {way: work / taken / peak["bf16" in way] for way, taken in seconds.items()}
+    mine = ways[0]
+    for way in ways[1:]:
+        what = f"DDPM++ width 64, batch {B}, seconds a step (other: {way})"
+        yield what, seconds[mine], seconds[way]
+        yield "    images/s", B / seconds[mine], B / seconds[way]
+        yield "    share of the FLOP/s of a matrix product", share[mine], share[way]
 
 
 def whole_set_rows(quick):
@@ -341,7 +343,7 @@ def frechet_rows(quick):
     ways = [evaluate.frechet_distance, general_root_distance]
     ours, general = (f(*given) for f in ways)
     assert abs(ours - general) < 1e-6 * general
-    yield f"frechet_distance, seconds, d {d} (other: the root of C1 C2)", *median_times(
+    yield f"frechet_distance, seconds, d {d} (other: the root of C1 C2)", *times_in_turn(
         1, *(lambda f=f: f(*given) for f in ways))
 
 
@@ -361,7 +363,8 @@ def main(argv=None):
         name, *given = options.worker
         return print(*WORKERS[name](*(int(v) if v.isdecimal() else v for v in given)))
 
-    machine = f"torch {torch.__version__}, CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    machine = f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
     print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)
     rows = []
     for name, part in PARTS.items():

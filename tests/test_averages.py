@@ -1,6 +1,7 @@
 """averages.py: half-lives and widths, by their integrals; widths put together afterwards."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import evaluate
 import runs
 import train
-from averages import ema_beta, exponent, mixture, reconstruct, update_ema
+from averages import ema_beta, exponent, mixture, update_ema
 
 POINTS = ["--data", "two-gaussians", "--width", "16", "--batch", "16", "--ref-batch", "32",
           "--sample-steps", "2", "--out", "r"]
@@ -48,44 +49,54 @@ def test_power_average_of_a_power_has_its_closed_form(width):
     """Of weights t^2: (g + 1)/(g + 3) t^2, whatever the network started with."""
     t, g = np.arange(1.0, 4001), exponent(width)
     assert averaged(t ** 2, width)[-1] == pytest.approx((g + 1) / (g + 3) * 4000 ** 2, rel=0.01)
+    assert averaged([5.0, 6.0], width) == pytest.approx([5, 6 - 0.5 ** (g + 1)])
 
 
 def test_mixture_gives_back_an_average_that_is_there():
     times, widths = [100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1]
     for i in range(4):
-        x = mixture(times, widths, times[i], widths[i])
-        assert np.allclose(x, np.eye(4)[i], atol=1e-6)
-    assert mixture(times, widths, 200, 0.15).sum() == pytest.approx(1)
+        x, error = mixture(times, widths, times[i], widths[i])
+        assert np.allclose(x, np.eye(4)[i], atol=1e-6) and error < 1e-6
 
 
 def test_mixture_is_the_closest_in_mean_square():
-    """Against least squares on a fine grid of the profiles themselves (sum x = 1 apart)."""
+    """Against least squares on a fine grid of the profiles themselves, scaled to sum 1."""
     times, widths, u = [50, 100, 100], [0.1, 0.05, 0.1], np.arange(0.005, 100, 0.01)
     profile = lambda t, w: (u < t) * (exponent(w) + 1) * (u / t) ** exponent(w) / t
-    P = np.stack([profile(t, w) for t, w in zip(times, widths)], axis=1)
-    x = np.linalg.lstsq(P, profile(100, 0.2), rcond=None)[0]
-    assert np.allclose(mixture(times, widths, 100, 0.2), x / x.sum(), atol=2e-3)
+    P, p = np.stack([*map(profile, times, widths)], axis=1), profile(100, 0.2)
+    best = np.linalg.lstsq(P, p, rcond=None)[0]
+    x, error = mixture(times, widths, 100, 0.2)
+    assert np.allclose(x, best / best.sum(), atol=2e-3)
+    assert error == pytest.approx(np.linalg.norm(P @ x - p) / np.linalg.norm(p), rel=1e-3)
 
 
-def test_a_run_gives_widths_that_it_did_not_average(capsys):
+def flat(weights):
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+def test_a_run_gives_widths_that_it_did_not_average():
     """0.2 from the checkpoints of 0.05 and 0.1 is nearly the one that was averaged on the way."""
-    assert train.main([*POINTS, "--steps", "200", "--checkpoint-every", "10", "--keep", "99",
-                       "--ema", "0.05,0.1,0.2", "--decay", "0"]) == 0
-    paths, last = runs.checkpoints("r"), runs.load_checkpoint("r")
-
-    def load(path):
-        state = runs.load_checkpoint(path)
-        del state["ema"]["0.2"]
-        return state
-    flat = lambda weights: torch.cat([w.flatten() for w in weights.values()])
-    made, true, near = map(flat, (reconstruct(paths, load, 0.2), last["ema"]["0.2"],
-                                  last["ema"]["0.1"]))
-    assert (made - true).norm() < 0.02 * (near - true).norm()
+    every = ["--steps", "120", "--checkpoint-every", "6", "--decay", "0"]
+    assert train.main([*POINTS, *every, "--ema", "0.2,0.1", "--out", "a"]) == 0
+    assert train.main([*POINTS, *every, "--ema", "0.05,0.1", "--keep", "99"]) == 0
+    tracked = runs.load_checkpoint("a")["ema"]
+    true, near = flat(tracked["0.2"]), flat(tracked["0.1"])
+    made = flat(runs.load_run("r", weights="0.2")[0].state_dict())
+    assert (made - true).norm() < 0.03 * (near - true).norm()
     assert evaluate.main(["sample", "r", "--weights", "0.15", "--steps", "2", "--num", "4"]) == 0
-    capsys.readouterr()
-    for width in ("0.5", "0.002", "nan", "x"):
-        with pytest.raises(runs.BadInput, match="choose raw, ema or one of 0.05, 0.1, 0.2"):
-            runs.load_run("r", weights=width)
+    for path in runs.checkpoints("r")[:-2]:
+        Path(path).unlink()
+    with pytest.raises(runs.BadInput, match="2 checkpoints of the run miss it by"):
+        runs.load_run("r", weights="0.2")
+    with pytest.raises(runs.BadInput, match="0.01 to 0.28"):
+        runs.load_run("r", weights="0.5")
+
+
+def test_after_one_step_every_width_is_the_weights():
+    assert train.main([*POINTS, "--steps", "1", "--ema", "0.05,0.28"]) == 0
+    state = runs.load_checkpoint("r")
+    for average in state["ema"].values():
+        assert torch.equal(flat(average), flat(state["model"]))
 
 
 def test_a_run_without_widths_says_so():

@@ -183,9 +183,9 @@ CALLS = {
     "ema_beta": lambda f: torch.tensor([f(0.1, 5), f(100, 5, 10, 0.5)]),
     "update_ema": ema_of_two,
     "exponent": lambda f: torch.tensor(f(0.1)),
-    "mixture": lambda f: torch.from_numpy(f([1, 2], [0.1, 0.05], 2, 0.1)),
+    "mixture": lambda f: torch.from_numpy(f([1, 2], [0.1, 0.05], 2, 0.1)[0]),
     "reconstruct": lambda f: f([1, 2], lambda step: dict(step=step, ema={"0.1": {"w": start()[0]}}),
-                               0.2)["w"],
+                               0.1)["w"],
 }
 CALLS |= {f"{name}_weight": lambda f: f(start()[2])
           for name in ("constant", "p2", "min_snr", "inverse_snr", "debias", "edm")}
