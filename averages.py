@@ -47,11 +47,11 @@ def exponent(width):
 
 
 def mixture(times, widths, time, width):
-    """x, with sum_i x_i p_i as close to the p of (time, width) as can be, and how close that is:
+    """x (n,) and error: sum_i x_i p_i is closest to the p of (time, width), and how close that is.
 
-    minimises int (sum_i x_i p_i - p)^2: A x = b, A_ij = int p_i p_j, b_i = int p_i p; then scaled
-    to sum 1, so that weights that never changed are met.  times, widths (n,) -> x (n,) in float64;
-    the root of that integral, as a share of p's own.  Needs: exponent.
+    A x = b, A_ij = int p_i p_j, b_i = int p_i p, is where int (sum_i x_i p_i - p)^2 is least; x is
+    then scaled to sum 1, so that constant weights stay what they are.  error: the root of that
+    integral over int p^2.  times, in steps, and widths (n,); float64.  Needs: exponent.
     """
     t = np.append(times, time)
     g = np.array([exponent(w) for w in (*widths, width)])

@@ -248,8 +248,15 @@ def step_worker(way, B, device):
     return times_in_turn(3, ddpmpp_step(way, B, device), take=min)
 
 
+def matrix_speed(dtype, device):
+    """FLOP/s of a matrix product."""
+    a = torch.randn(4096, 4096, device=device).to(dtype)
+    seconds, = times_in_turn(4, lambda: (a @ a).sum().item(), take=min)
+    return 2 * 4096 ** 3 / seconds
+
+
 def network_rows(quick):
-    """DDPM++'s training step, and what share it is of the device's matrix product's speed.
+    """DDPM++'s training step, its share of the device's matrix product's speed, and STF's of it.
 
     Every turn is a fresh process, since train.py's settings of the allocator are the process's.
     The time is the least of all: what others run on a shared machine only adds.  train.py's and the
@@ -258,26 +265,30 @@ def network_rows(quick):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, turns = (512, 2) if device == "cuda" else (4, 1) if quick else (32, 6)
     ways = ["train.py's", "plain", "micro", "compiled", "bf16", "compiled bf16"][:3 if quick else 6]
-    seconds = dict.fromkeys(ways, float("inf"))
+    seconds, mine = dict.fromkeys(ways, float("inf")), ways[0]
     for turn in range(turns):
         for way in ways if turn < 2 else ways[:2]:
             seconds[way] = min(seconds[way], *fresh_process("step", way, B, device))
     with FlopCounterMode(display=False) as counter:
         ddpmpp_step("plain", 2, "cpu")()
-    work, threads = counter.get_total_flops() * B / 2, torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    a, peak = torch.randn(4096, 4096, device=device), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        product, = times_in_turn(4, lambda b=a.to(dtype): (b @ b).sum().item(), take=min)
-        peak[dtype == torch.bfloat16] = 2 * 4096 ** 3 / product
-    torch.set_num_threads(threads)
-    share = {way: work / taken / peak["bf16" in way] for way, taken in seconds.items()}
-    mine = ways[0]
+    peak = [matrix_speed(dtype, device) for dtype in (torch.float32, torch.bfloat16)]
+    share = {way: counter.get_total_flops() * B / 2 / taken / peak["bf16" in way]
+             for way, taken in seconds.items()}
     for way in ways[1:]:
         what = f"DDPM++ width 64, batch {B}, seconds a step (other: {way})"
         yield what, seconds[mine], seconds[way]
         yield "    images/s", B / seconds[mine], B / seconds[way]
         yield "    share of the FLOP/s of a matrix product", share[mine], share[way]
+    whole = torch.randint(256, (5000 if quick else 50_000, 3, 32, 32), dtype=torch.uint8)
+    whole, x = whole.to(device), torch.randn(B, 3, 32, 32, device=device)
+    sigma = torch.ones(B, 1, 1, 1, device=device)
+    for rows in (whole[:4096], whole):
+        target, = times_in_turn(
+            3, lambda rows=rows: losses.stf_target(x, sigma, rows).sum().item(), take=min)
+        yield f"    STF's target, n {len(rows)}, seconds (other: that step)", target, seconds[mine]
+    torch.set_num_threads(threads)
 
 
 def whole_set_rows(quick):
