@@ -144,8 +144,8 @@ OPTIONS = {   # name: (type or choices, default or defaults for (digits, points,
     "weight-decay": (number(float, 0), 0.0, "of AdamW"),
     "clip": (number(float, 1e-9), 1.0, "limit on the gradient's norm"),
     "ema": (lengths, ("2000", "20000", "500000"), "weight averages: half-lives in images, as in "
-            "500000,50000, or, as in 0.05,0.1, shares of the training, and any share afterwards by "
-            "sample --weights, if --keep keeps all checkpoints; samples are of the first"),
+            "500000,50000, or widths as shares of the training, as in 0.05,0.1 (any other: sample "
+            "--weights, if --keep keeps all checkpoints); samples are of the first"),
     "ema-rampup": (SHARE, 0.05, "a half-life is at most this share of the images seen"),
     "amp": (["auto", "none", "bf16", "fp16"], "auto", "precision of the network alone; auto: bf16 "
             "on GPUs that have it"),
