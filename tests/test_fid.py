@@ -192,7 +192,7 @@ def test_fid_of_a_run_says_of_what_it_is(run, capsys):
     assert set(values) == {"frechet_pixels_30", "KID"} and "FID" not in text
     assert len(values["frechet_pixels_30"]) == 2 and min(values["frechet_pixels_30"]) > 0
     fingerprint = datasets.load_data(str(run.parent / "images.npz")).fingerprint
-    for part in ("step 3", "raw weights", "ddim, 3 steps, eta 0.5", "seed 2", "NFE 3", "30 samples",
+    for part in ("step 3", "weights raw", "ddim, 3 steps, eta 0.5", "seed 2", "NFE 3", "30 samples",
                  f"images, fingerprint {fingerprint}, n 80 (for the floor 50)", "30 real",
                  "100 subsets of 15",
                  "warning: the covariance of 30 images in 192 dimensions is singular"):
