@@ -240,20 +240,21 @@ LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)     # sigm
 
 
 @torch.no_grad()
-def denoising_error(denoise, x0, labels=None, levels=LEVELS, batch=64):
+def denoising_error(denoise, x0, labels=None, levels=LEVELS, batch=None):
     """E |D(x0 + sigma eps; sigma) - x0|^2/d at each noise level, each rank taking its share of x0.
 
     The noise is the same whoever asks, and the weight 1: so it compares runs of any objective.
+    batch: by default 64 images or 4096 points.
     """
-    rank, world = ranks()
+    (rank, world), N, batch = ranks(), len(x0), batch or (64 if x0.ndim > 2 else 4096)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
     error = torch.zeros(len(levels), dtype=torch.float64, device=x0.device)
-    for i in range(rank * batch, len(x0), world * batch):
-        clean, eps, own = x0[i:i + batch], noise[i:i + batch], \
-            () if labels is None else (labels[i:i + batch],)
+    for i in range(N * rank // world, N * (rank + 1) // world, batch):
+        rows = slice(i, min(i + batch, N * (rank + 1) // world))
+        own = () if labels is None else (labels[rows],)
         for k, sigma in enumerate(levels):
-            D = denoise(clean + sigma * eps, torch.tensor(sigma), *own)
-            error[k] += ((D - clean).double() ** 2).sum()
+            D = denoise(x0[rows] + sigma * noise[rows], torch.tensor(sigma), *own)
+            error[k] += ((D - x0[rows]).double() ** 2).sum()
     return (total(error) / x0.numel()).tolist()
 
 
