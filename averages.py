@@ -21,9 +21,10 @@ import torch
 def ema_beta(length, step, batch=1, rampup=math.inf):
     """beta in ema <- beta ema + (1 - beta) weights, after a number of steps of `batch`.
 
-    length below 1, a width    (1 - 1/step)^(g + 1)
-    else a half-life           1/2^(batch/half-life), at most rampup step batch   (EDM's ramp-up)
-    Needs: exponent.
+    a width      (1 - 1/step)^(g + 1)
+    a half-life  1/2^(batch/h),  h = min(length, rampup step batch)   (EDM's ramp-up)
+
+    ValueError for a width outside .01 to .28.  Needs: exponent.
     """
     if length < 1:
         return (1 - 1 / step) ** (exponent(length) + 1)

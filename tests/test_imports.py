@@ -23,7 +23,8 @@ ALLOWED = {                                          # file: (of ours, third-par
     "papers": (CONCEPTS | {"datasets", "runs"}, {"torch", "numpy", "PIL"}),
     "gradients": (CONCEPTS | {"datasets", "runs", "papers"}, {"torch"}),
     "evaluate": (CONCEPTS | {"datasets", "runs", "papers", "gradients"}, {"torch", "numpy"}),
-    "train": (CONCEPTS | {"averages", "datasets", "runs", "objectives", "papers", "evaluate"}, {"torch"}),
+    "train": (CONCEPTS | {"averages", "datasets", "runs", "objectives", "papers", "evaluate"},
+              {"torch"}),
 }
 CONCEPT_STDLIB = {"math", "dataclasses"}
 
