@@ -2,7 +2,7 @@
 
     x0 (B, ...)  clean data    noise (B, ...)  N(0, I), drawn by the caller    sigma (B, 1, ..., 1)
     x = x0 + sigma * noise     denoise(x, sigma) -> (B, ...)  an estimate of E[x0 | x]
-    weight(sigma) -> lambda    the weight on |D - x0|^2, e.g. a schedule row's
+    weight(sigma) -> lambda    the weight on |D - x0|^2, e.g. a schedule's
     every loss returns (B,);  every shape rank works: (B, 2) points as well as (B, C, H, W)
 
 D seen otherwise: eps_hat = (x - D)/sigma, score = (D - x)/sigma^2.  In losses and their controls
@@ -16,6 +16,8 @@ Diffusion Models"; DB = Yu et al. 2024, "Unmasking Bias in Diffusion Model Train
 al. 2024, "Variance reduction of diffusion model's gradients with Taylor approximation-based control
 variate"; P2 = Choi et al. 2022; Min-SNR = Hang et al. 2023; SN/NPR-DPM = Bao et al. 2022.
 """
+
+import math
 
 import torch
 
@@ -86,22 +88,23 @@ def dsm_loss(denoise, x0, noise, sigma, weight):
 def antithetic_loss(denoise, x0, noise, sigma, weight):
     """The mean of dsm_loss at noise and at -noise, an antithetic pair.
 
-    What is odd in the noise cancels; that is most of the variance at small sigma.  Two evaluations
-    in one call, no coefficient: what a control variate has to beat.  Needs: together.
+    What is odd in the noise cancels; that is most of the variance at small sigma.  The pair costs
+    two evaluations of D, in one call.  A Taylor control variate of order 0 costs as much, and
+    has to take more variance away to be worth it.  Needs: together.
     """
     x = x0 + sigma * torch.stack([noise, -noise])                                 # (2, B, ...)
-    D = together(denoise, x, sigma.expand(2, *sigma.shape))
+    D = together(denoise, x, torch.stack([sigma, sigma]))
     return (weight(sigma) * (D - x0) ** 2).mean(0).flatten(1).mean(1)             # (B,)
 
 
 def together(denoise, x, sigma):
     """D of c copies of a batch in one call: x (c, B, ...), sigma (c, B, 1, ..., 1) -> (c, B, ...).
 
-    vmap folds the copies into the batch.  So labels bound for B samples do for all copies, and
-    dropout draws one mask for all, as differences between copies need.  A network that vmap refuses
-    (BatchNorm in training) can be called copy by copy instead.  Needs: nothing.
+    denoise sees one batch of c B rows, the first copy's first.  Labels bound for B rows must be
+    repeated c times for it, as networks.Denoiser does.  Dropout draws a mask for each row, so
+    copies have different masks.  Needs: nothing.
     """
-    return torch.vmap(denoise, randomness="same")(x, sigma)
+    return denoise(x.flatten(0, 1), sigma.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 # ---- Stable target fields ------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def rows(reference, like, chunk=512):
 
 
 @torch.no_grad()
-def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=512):
+def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=512, transform=None):
     """Posterior weights of references y_k: softmax_k(-|x - y_k|^2 / (2 sigma^2))   (STF eq. 5).
 
     This is attention with query x and keys y.  The exponent is needed only up to a constant per
@@ -129,6 +132,7 @@ def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=5
     (B, n, d).  With labels (B,) and reference_labels (n,) only references of the sample's own class
     count, as a class-conditional D demands; NaN where there is none.  1/sum_k w_k^2 is the
     effective sample size: where it is 1, the target is x0 and nothing is won.
+    transform: a function of (m, ...) references, which then stand for y_k; None: as they are.
 
     float64 inside, whatever the inputs and autocast: the difference of two large products, over
     sigma^2, leaves float32 no digits between near-duplicates at small sigma.  Needs: rows.
@@ -136,6 +140,8 @@ def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=5
     variance = sigma.flatten(1).double() ** 2                                     # (B, 1)
     query, logits = x.flatten(1).double(), []                                     # (B, d)
     for y in rows(reference, query, chunk):                                       # (chunk, d)
+        if transform is not None:
+            y = transform(y.view(-1, *x.shape[1:])).flatten(1)
         logits.append((query @ y.T - torch.linalg.vecdot(y, y) / 2) / variance)   # (B, chunk)
     logits = torch.cat(logits, dim=1)                                             # (B, n)
     if labels is not None:
@@ -149,14 +155,15 @@ def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=51
 
         w = softmax_k(-|x - y_k|^2 / (2 sigma^2)),      target = sum_k w_k y_k
 
-    The paper's is this one's score, sum_k w_k (y_k - x)/sigma^2 = (target - x)/sigma^2.
+    The paper writes the score of this target, sum_k w_k (y_k - x)/sigma^2 = (target - x)/sigma^2.
     x (B, ...), sigma (B, 1, ..., 1), reference (n, ...) -> (B, ...); labels, time, memory and
     precision as in stf_weights.
 
     Unbiased for every n, if each x's own source is among its references: given x and the unordered
-    batch, the source is row k with probability w_k, so the target is E[x0 | x, batch], and the mean
-    of that (eq. 7) is E[x0 | x]; the paper calls it biased.  One row is plain DSM; a whole finite
-    data set gives its exact posterior mean.  Needs: stf_weights, weighted_sum, rows.
+    batch, the source is row k with probability w_k, so the target is E[x0 | x, batch], whose mean
+    (eq. 7) is E[x0 | x].  The paper calls the target biased; that is true only of references
+    without the source.  One reference is plain DSM; a whole finite data set gives its exact
+    posterior mean.  Needs: stf_weights, weighted_sum, rows.
     """
     w = stf_weights(x, sigma, reference, labels, reference_labels, chunk)         # (B, n)
     return weighted_sum(w, reference, chunk).view_as(x).to(x.dtype)
@@ -171,91 +178,12 @@ def stf_loss(denoise, x0, noise, sigma, weight, target):
     """Stable target field: lambda(sigma) |D(x; sigma) - target|^2   (STF eq. 6, Algorithm 1).
 
     target(x, sigma) -> (B, ...), e.g. partial(stf_target, reference=reference) with the rows of x0
-    among the reference's own.  Same minimiser as dsm_loss, never more variance.  Needs: nothing.
+    among the reference's own.  It has the minimiser of dsm_loss and never more variance.
+    Needs: nothing.
     """
     x = x0 + sigma * noise                                                        # (B, ...)
-    return (weight(sigma) * (denoise(x, sigma) - target(x, sigma)) ** 2).flatten(1).mean(1)
-
-
-# ---- Stable target fields: one reference for the whole mini-batch --------------------------------
-# All targets of a batch then share the reference's luck, and a batch mean gains less than its
-# samples do.  The common error is close to gamma(sigma) times that of the reference's mean.
-
-def others_mean(x0, reference, labels=None, reference_labels=None):
-    """ybar_{-i}: the mean of the references of i's class without i's own row.
-
-    x0 (B, ...), reference (n, ...) that has the rows of x0 among its own -> (B, ...), and the
-    number of those rows, (B, 1, ..., 1); zeros where there are none.  Needs: weighted_sum, rows.
-    """
-    same = x0.new_ones(1, len(reference)) if labels is None else (
-        labels[:, None] == reference_labels).to(x0)                               # (1 or B, n)
-    count = same.sum(1).expand(len(x0)).view(-1, *[1] * (x0.ndim - 1)) - 1
-    total = weighted_sum(same, reference).view(-1, *x0.shape[1:])
-    return (total - x0) / count.clamp(min=1), count
-
-
-@torch.no_grad()
-def mean_correction(x0, sigma, reference, mu, gamma, labels=None, reference_labels=None):
-    """gamma(sigma) (ybar_{-i} - mu_{-i}): subtract it from stf_target if all share a reference.
-
-    ybar_{-i} as in others_mean; mu (B, ...) the same mean over the whole data set, mu_{-i}, which
-    is ybar_{-i}'s expectation given y_i: so the mean of the target stays, for any gamma.
-    gamma: function of sigma, from measure_gamma.  0 where a sample is alone in its class.
-
-    x0 (B, ...), sigma (B, 1, ..., 1), reference (n, ...) -> (B, ...).
-    Needs: others_mean, weighted_sum, rows.
-    """
-    ybar, count = others_mean(x0, reference, labels, reference_labels)
-    return gamma(sigma) * torch.where(count > 0, ybar - mu, 0)
-
-
-@torch.no_grad()
-def measure_gamma(x0, noise, levels, reference, labels=None, reference_labels=None):
-    """The regression coefficient of the target on the reference's mean, by noise level.
-
-        gamma(sigma) = Cov(T, ybar_{-i}) / Var(ybar_{-i})
-                     = E sum_{k != i} w_k/(1 - w_k) <y_k - T, y_k - mu> / E |y - mu|^2
-
-    exactly: T_{-k}, the target without reference k, is independent of y_k, and T differs from it by
-    w_k (y_k - T_{-k}) = w_k/(1 - w_k) (y_k - T).  Clamped to [0, 1].
-
-    To be measured, for it depends on the data: about the posterior's variance over the data's, it
-    is 1 - c_skip on Gaussians, but near 0 up to sigma 4 on photographs, whose posteriors are sharp.
-
-    x0, noise (m, ...), levels (L,), reference (n, ...), its first m rows x0, mu its mean -> (L,).
-    Needs: stf_weights, others_mean, weighted_sum, rows.
-    """
-    mu = others_mean(x0, reference, labels, reference_labels)[0].flatten(1).double()  # (m, d)
-    dot = lambda a: torch.cat([a @ y.T for y in rows(reference, a)], dim=1)       # <a_i, y_k>
-    from_mu = torch.cat([(y ** 2).sum(1) for y in rows(reference, mu)]) - 2 * dot(mu) + (
-        mu ** 2).sum(1, keepdim=True)                                             # |y_k - mu|^2
-    others = torch.ones_like(from_mu).fill_diagonal_(0)                           # (m, n)
-    if labels is not None:
-        others = others * (labels[:, None] == reference_labels)
-    gamma = []
-    for sigma in levels:
-        sigma = sigma.to(x0).expand(len(x0), *[1] * (x0.ndim - 1))
-        w = stf_weights(x0 + sigma * noise, sigma, reference, labels, reference_labels)
-        T = weighted_sum(w, reference)                                            # (m, d)
-        along = from_mu - dot(T - mu) + ((T - mu) * mu).sum(1, keepdim=True)      # <y - T, y - mu>
-        moved = others * w / (1 - w).clamp(min=1e-12) * along
-        gamma.append(moved.sum() / len(x0) / ((others * from_mu).sum() / others.sum()))
-    return torch.stack(gamma).clamp(0, 1).to(x0.dtype)
-
-
-def interpolate(levels, values):
-    """A function of sigma: piecewise linear in ln sigma through (levels, values), flat outside.
-
-    levels (L,) ascending, L > 1, values (L,) -> f(sigma), of sigma's shape.  Needs: nothing.
-    """
-    knots = levels.log()
-
-    def function(sigma):
-        z = sigma.log().clamp(knots[0], knots[-1]).to(knots)
-        k = torch.searchsorted(knots, z).clamp(min=1)
-        share = (z - knots[k - 1]) / (knots[k] - knots[k - 1])
-        return torch.lerp(values[k - 1], values[k], share).to(sigma.dtype)
-    return function
+    target = target(x, sigma)
+    return (weight(sigma) * (denoise(x, sigma) - target) ** 2).flatten(1).mean(1)  # (B,)
 
 
 # ---- Sequence-aware loss -------------------------------------------------------------------------
@@ -320,14 +248,18 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 
 
 # ---- Taylor control variates ---------------------------------------------------------------------
-# A function of (x0, noise) whose mean over the noise is known to be 0, and which moves with the
-# loss: subtracting it leaves the expectation, of the loss and of its gradient, and takes variance.
-# With D = c_skip x + c_out F, the loss lambda |D - x0|^2 = lambda c_out^2 |F - t|^2 has noise in
-# its target t = a x0 - b noise, b = c_skip sigma/c_out; hence the term 2 b F.noise, and its control
+# A control variate is a function of (x0, noise) whose mean over the noise is known to be 0, and
+# which rises and falls with the loss.  Subtracting it keeps the mean of the loss and of its
+# gradient, and takes variance away.  With D = c_skip x + c_out F, the loss is
+#
+#     lambda |D - x0|^2 = lambda c_out^2 |F - t|^2,    F's target t = a x0 - b noise,
+#     a = (1 - c_skip)/c_out,  b = c_skip sigma/c_out
+#
+# and contains the term 2 b F.noise.  The control is that term with a Taylor polynomial for F:
 #
 #     2 b (T^k.noise - E),    T^k = the Taylor polynomial of F around the clean x0, to order k
 #
-# with E = 0 for k = 0, and the trace of F's Jacobian (times c_in sigma) for k = 1, 2.
+# where E is the mean of T^k.noise: 0 for k = 0, c_in sigma tr(Jacobian of F) for k = 1 and 2.
 
 def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
     """c_out^2 b (T^k.noise - E), coordinate by coordinate; its sum has mean 0 over the noise.
@@ -335,23 +267,27 @@ def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
         c_skip sigma (T.noise - E),    G(y) = D(y; sigma) - c_skip y,    J, H: its derivatives
         T = G + sigma J noise + sigma^2/2 H[noise, noise],    E = sigma tr J (order 0: T = G, E = 0)
 
-    This is F's polynomial, had from D alone: G(x) = c_out F(c_in x), c_out b = c_skip sigma.  The
-    trace is exact, by d products with J; or, with a probe (B, ...) of random signs, Hutchinson's
-    probe.J probe, of the same mean: one product, more variance.
+    G(x) = c_out F(c_in x) and c_out b = c_skip sigma, so this needs D alone, not F.  The trace is
+    exact, by d products with J.  With a probe (B, ...) of random signs the trace is estimated by
+    Hutchinson's probe.J probe, which has the same mean, costs one product and adds variance.
     y (B, ...) with requires_grad if order > 0, D0 = D(y; sigma), c_skip (B, 1, ..., 1) -> (B, ...).
     Needs: nothing.
     """
     G = D0 - c_skip * y
     dot = G * noise                                                               # T.noise - E
-    product = lambda v: torch.autograd.grad(G, y, v, create_graph=True)[0]        # J^T v
+
+    def product(v):
+        return torch.autograd.grad(G, y, v, create_graph=True)[0]                 # J^T v
+
     if order > 0 and probe is None:
-        basis = torch.eye(y[0].numel()).to(y).view(-1, 1, *y.shape[1:])           # (d, 1, ...)
+        basis = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device)
+        basis = basis.view(-1, 1, *y.shape[1:])                                   # (d, 1, ...)
         trace = sum(product(e.expand_as(y)) * e for e in basis)
         dot = dot + sigma * (product(noise) * noise - trace)
     elif order > 0:
         dot = dot + sigma * (product(noise) * noise - product(probe) * probe)
     if order > 1:
-        curve = (product(noise) * noise + 0 * y).sum()         # noise.J noise; J may hold no y
+        curve = (product(noise) * noise + 0 * y).sum()     # noise.J noise; 0 y if J has no y
         H = torch.autograd.grad(curve, y, create_graph=True)[0]                   # H[noise, .]
         dot = dot + sigma ** 2 / 2 * H * noise
     return c_skip * sigma * dot
@@ -360,75 +296,35 @@ def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
 def taylor_terms(denoise, x0, noise, sigma, weight, c_skip, order=0, probe=None):
     """dsm_loss and its control variate of order 0, 1 or 2, both (B,)   (TCV).
 
-    To be minimised: loss - beta(sigma) control, beta from past batches (RunningBeta).  Unbiased for
-    every network, order, beta and sigma.  Order 0 does nearly all the work, at sigma well below the
-    data's own scale; order 1 lowers the constant, order 2 hardly anything.
+    Minimise loss - beta(sigma) control, with beta from past batches (RunningBeta).  The gradient
+    keeps its mean for every network, order, beta and sigma.  Order 0 does nearly all the work, at
+    sigma well below the data's own scale; order 1 gains a constant factor, order 2 hardly anything.
 
-    c_skip: function of sigma, that of the network behind D.  One call of the network on 2 copies;
-    orders 1 and 2 add backward passes through it, one for each product in taylor_control, and its
-    attention must have second derivatives (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
+    c_skip: the function of sigma in D = c_skip x + c_out F.  D is called once, on 2 B rows.
+    Orders 1 and 2 add a backward pass through D for each product in taylor_control; D's attention
+    must have second derivatives then (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
     Needs: together, taylor_control.
     """
     y = x0.detach()
     if order > 0:
         y.requires_grad_()
     x = torch.stack([x0 + sigma * noise, y])                                      # (2, B, ...)
-    D, D0 = together(denoise, x, sigma.expand(2, *sigma.shape))
+    D, D0 = together(denoise, x, torch.stack([sigma, sigma]))
     control = taylor_control(D0, y, noise, sigma, c_skip(sigma), order, probe)
     loss, control = weight(sigma) * (D - x0) ** 2, 2 * weight(sigma) * control
-    return loss.flatten(1).mean(1), control.flatten(1).mean(1)                    # (B,), (B,)
-
-
-def stf_atoms(x, sigma, reference, uniform, K=4, labels=None, reference_labels=None):
-    """K references and masses that stand for the posterior: the K-1 heaviest with their weights,
-    and one drawn from the others with all the mass that is left.  Over the draw, a sum over them
-    has the mean of the sum over all, exactly.
-
-    x (B, ...), reference (n, ...), uniform (B,) in [0, 1) -> atoms (K, B, ...), masses (K, B), and
-    stf_target (B, ...).  K at most n.  Needs: stf_weights, weighted_sum, rows.
-    """
-    w = stf_weights(x, sigma, reference, labels, reference_labels)                # (B, n)
-    mass, k = w.topk(K - 1)                                                       # (B, K-1)
-    rest = w.scatter(1, k, 0).cumsum(1)                                           # (B, n)
-    drawn = torch.searchsorted(rest, uniform[:, None] * rest[:, -1:], right=True)
-    k = torch.cat([k, drawn.clamp(max=w.shape[1] - 1)], dim=1).T                  # (K, B)
-    mass = torch.cat([mass, rest[:, -1:]], dim=1).T.to(x.dtype)                   # (K, B)
-    target = weighted_sum(w, reference).view_as(x).to(x.dtype)
-    atoms = next(rows(reference[k.flatten()], x, k.numel()))                      # (K B, d)
-    return atoms.view(*k.shape, *x.shape[1:]), mass, target
-
-
-def stf_taylor_terms(denoise, x0, noise, sigma, weight, c_skip, atoms):
-    """stf_loss and the posterior-weighted control of order 0, both (B,); as taylor_terms.
-
-        control = sum_k w_k(x) control(y_k, eps_k),    eps_k = (x - y_k)/sigma
-
-    the mean, given x and the reference, of the control at its unknown source: so
-    stf_loss - beta control is that mean of dsm_loss - beta control, and has no more variance, for
-    any beta; with the best beta no more than either STF or the control alone.  The sum is over the
-    K atoms of stf_atoms, which keeps it unbiased; K = 1 draws the source anew.
-
-    atoms(x, sigma) -> atoms (K, B, ...), masses (K, B), target (B, ...), e.g. stf_atoms with its
-    reference bound.  One call on K + 1 copies.  Needs: together, taylor_control.
-    """
-    x = x0 + sigma * noise                                                        # (B, ...)
-    y, mass, target = atoms(x, sigma)
-    copies = torch.cat([x[None], y])                                              # (K+1, B, ...)
-    D = together(denoise, copies, sigma.expand(len(copies), *sigma.shape))
-    mass = mass.view(*mass.shape, *[1] * (x.ndim - 1))
-    control = (mass * taylor_control(D[1:], y, (x - y) / sigma, sigma, c_skip(sigma))).sum(0)
-    loss, control = weight(sigma) * (D[0] - target) ** 2, 2 * weight(sigma) * control
     return loss.flatten(1).mean(1), control.flatten(1).mean(1)                    # (B,), (B,)
 
 
 class RunningBeta:
     """beta(sigma) = <g_loss, g_control> / |g_control|^2, the regression coefficient of gradients.
 
-    From per-sample gradients of a few parameters (the last layer's are a good proxy), in bins of
-    ln sigma, forgetting with `decay` a sample; from past batches only, for a beta of the same batch
-    would bias.  Of n samples in a bin, n/(n + 4) is trusted; the rest is 1/(1 + (sigma/scale)^1.3),
-    scale about twice the smallest local spread of the data.  Clamped to [0, 1.2].  Shapes as
-    weight(sigma)'s.  The state is one tensor, sums (3, bins).  Needs: nothing.
+    g_loss and g_control are per-sample gradients of a few parameters; those of the last layer are
+    a good proxy for all.  beta must come from past batches: one from the same batch adds bias.
+    Each bin of ln sigma keeps running sums, in which each new sample multiplies the old ones by
+    `decay`.  After n samples in its bin, beta is the mean, with weights n and 4, of their
+    coefficient and a guess, 1/(1 + (sigma/scale)^1.3); scale is about twice the smallest local
+    spread of the data.  beta is clamped to [0, 1.2] and has sigma's shape.
+    All state is one tensor, sums (3, bins).  Needs: nothing.
     """
 
     def __init__(self, low=1e-3, high=100.0, bins=24, decay=0.99, scale=0.13, device="cpu"):
@@ -436,7 +332,7 @@ class RunningBeta:
         self.sums = torch.zeros(3, bins, device=device)     # <g_loss, g_control>, |g_control|^2, n
 
     def bin(self, sigma):
-        share = (sigma / self.low).log() / torch.tensor(self.high / self.low).log()
+        share = (sigma / self.low).log() / math.log(self.high / self.low)
         return (share * self.sums.shape[1]).long().clamp(0, self.sums.shape[1] - 1)
 
     def __call__(self, sigma):
@@ -446,12 +342,13 @@ class RunningBeta:
 
     def update(self, sigma, loss, control, parameters):
         """loss, control (m,) with graph, of samples with noise levels sigma (m, 1, ..., 1)."""
-        one = torch.eye(len(loss), device=loss.device, dtype=loss.dtype)
-        g_loss, g_control = (
-            torch.cat([g.flatten(1) for g in torch.autograd.grad(
-                value, parameters, one, retain_graph=True, is_grads_batched=True)], dim=1)
-            for value in (loss, control))                                         # (m, p)
-        new = torch.stack([(g_loss * g_control).sum(1), (g_control ** 2).sum(1), one.sum(1)])
+        def gradients(values):
+            return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(
+                value, parameters, retain_graph=True)]) for value in values])     # (m, p)
+
+        g_loss, g_control = gradients(loss), gradients(control)
+        one = torch.ones_like(g_loss[:, 0])
+        new = torch.stack([(g_loss * g_control).sum(1), (g_control ** 2).sum(1), one])
         new = torch.where(new.isfinite().all(0), new, 0).to(self.sums)            # (3, m)
         k = self.bin(sigma.flatten())
         count = torch.zeros_like(self.sums[0]).index_add(0, k, new[2])
@@ -466,9 +363,10 @@ def head_loss(with_head, x0, noise, sigma, kind="sn"):
         sn   |h - eps^2|^2                   h -> E[eps^2 | x]                 (SN-DPM)
         npr  |h - (eps - eps_hat)^2|^2       h -> E[(eps - eps_hat)^2 | x]     (NPR-DPM)
 
-    eps_hat = (x - D)/sigma, detached.  To be trained in eval mode: dropout in eps_hat would add its
-    own variance to NPR's, as it does in the published code.  with_head(x, sigma) -> D, h;
-    x0, noise (B, ...), sigma (B, 1, ..., 1) -> (B,).  KeyError: another kind.  Needs: nothing.
+    eps_hat = (x - D)/sigma, detached.  Train it with the network in eval mode: dropout in eps_hat
+    would add its own variance to NPR's target, as it does in the published code.
+    with_head(x, sigma) -> D, h, e.g. partial(denoiser, head=True);  x0, noise (B, ...), sigma
+    (B, 1, ..., 1) -> (B,).  KeyError: another kind.  Needs: nothing.
     """
     x = x0 + sigma * noise                                                        # (B, ...)
     D, h = with_head(x, sigma)
@@ -517,7 +415,8 @@ def augment(images, a):
         Translate(a_6/8, a_7/8) R(-a_4) Scale(2^(.2 a_5), 2^(-.2 a_5)) R(a_4) R(-a_3)
         Scale(2^(.2 a_2)) FlipY FlipX
 
-    about the centre, the rightmost first, in one bicubic resampling with the border reflected.
+    about the centre, the rightmost first, in one bicubic resampling with the border reflected at
+    the outer pixels' edges (published code: at their centres).
     Exact for the identity and for flips; linear in the images.  On waves of 4 pixels and longer,
     turned by any angle, its rms error is at most 3.5 % of theirs on average over directions, 4.5 %
     along the worst; shrinking is not filtered.
@@ -529,7 +428,7 @@ def augment(images, a):
 
     scale = lambda x, y: matrix([x, 0, 0], [0, y, 0])
     turn = lambda r: matrix([r.cos(), -r.sin(), 0], [r.sin(), r.cos(), 0])
-    a = a.to(images)
+    a = a.to(images, non_blocking=True)
     a0, a1, a2, a3, a4, a5, a6, a7 = a.unbind(1)
     one = torch.ones_like(a0)
     warp = (matrix([1, 0, a6 / 4], [0, 1, a7 / 4])              # in grid_sample's units, H = 2
@@ -537,33 +436,42 @@ def augment(images, a):
             @ turn(-a3) @ scale(2 ** (0.2 * a2), 2 ** (0.2 * a2)))
     flip = lambda on, x, axis: torch.where(on.view(-1, 1, 1, 1) > 0, x.flip(axis), x)
     flipped = flip(a1, flip(a0, images, 3), 2)
-    grid = torch.nn.functional.affine_grid(torch.linalg.inv(warp)[:, :2], images.shape,
-                                           align_corners=False)
+    inverse = torch.linalg.inv_ex(warp).inverse             # inv would wait for the device
+    grid = torch.nn.functional.affine_grid(inverse[:, :2], images.shape, align_corners=False)
     warped = torch.nn.functional.grid_sample(flipped, grid, mode="bicubic",
                                              padding_mode="reflection", align_corners=False)
     return torch.where((a[:, 2:] != 0).any(1).view(-1, 1, 1, 1), warped, flipped)
 
 
 @torch.no_grad()
-def augmented_stf_target(x, sigma, reference, a, labels=None, reference_labels=None):
+def augmented_stf_target(x, sigma, reference, a, labels=None, reference_labels=None, chunk=512):
     """stf_target where the source of x_i was augmented by a_i: so are its references.
 
-        w = softmax_k(-|x - A y_k|^2 / (2 sigma^2)),      target = sum_k w_k A y_k
+        w = softmax_k(-|x - A y_k|^2 / (2 sigma^2)),    target = sum_k w_k A y_k = A sum_k w_k y_k
 
-    Flips are isometries: flipped back, their samples share one product with the plain reference.
-    For the others |A y_k|^2 differs from |y_k|^2, and each of them augments every reference: that
-    is n resamplings for a share 1 - (1 - p)^4 of the samples, 40 % at EDM's p = .12.  To pay less,
+    Flips keep |A y_k|^2 = |y_k|^2.  So samples that are only flipped are flipped back and share
+    one product with the plain reference.  Each other sample augments every reference of its class:
+    n resamplings for a share 1 - (1 - p)^4 of the samples, 40 % at EDM's p = .12.  To pay less,
     give fewer references: the target is unbiased for every n.
 
-    x (B, C, H, H), a (B, 8) -> (B, C, H, H).  Each sample's class must be among the references'.
-    It waits once for the device.  Needs: stf_target, stf_weights, weighted_sum, rows, augment.
+    x (B, C, H, H), a (B, 8) -> (B, C, H, H).  a, labels and reference_labels lie on the CPU, where
+    rows are chosen by them, so that nothing waits for x's device.  Each sample's class must be
+    among the references'.  Needs: stf_target, stf_weights, weighted_sum, rows, augment.
     """
     flips = torch.cat([a[:, :2], torch.zeros_like(a[:, 2:])], dim=1)
-    target = augment(stf_target(augment(x, flips), sigma, reference, labels, reference_labels),
-                     flips)
+    classes = () if labels is None else (labels.to(x.device, non_blocking=True),
+                                         reference_labels.to(x.device, non_blocking=True))
+    target = stf_target(augment(x, flips), sigma, reference, *classes, chunk=chunk)
+    target = augment(target, flips)
     for i in (a[:, 2:] != 0).any(1).nonzero().flatten().tolist():
-        y = reference if labels is None else reference[reference_labels == labels[i]]
-        y = next(rows(y, x, len(y))).view(-1, *x.shape[1:])                       # (n, C, H, H)
-        target[i:i + 1] = stf_target(x[i:i + 1], sigma[i:i + 1],
-                                     augment(y, a[i:i + 1].expand(len(y), 8)))
+        y, a_i = reference, a[i:i + 1]
+        if labels is not None:
+            own = (reference_labels == labels[i]).nonzero().flatten()
+            y = reference[own.to(reference.device, non_blocking=True)]
+
+        def transform(y_k):
+            return augment(y_k, a_i.expand(len(y_k), 8))
+        w = stf_weights(x[i:i + 1], sigma[i:i + 1], y, chunk=chunk, transform=transform)  # (1, n)
+        mean = weighted_sum(w, y, chunk).view_as(x[i:i + 1])
+        target[i:i + 1] = augment(mean, a_i).to(x.dtype)
     return target

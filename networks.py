@@ -1,12 +1,12 @@
 """networks.py: what denoises.  Raw networks F(x, c_noise, labels), and the denoiser D around them.
 
-    Denoiser   D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), for any schedule row
+    Denoiser   D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), for any schedule
     MLP        points (B, d)
     UNet       images (B, C, H, W): the small one of train.py's default run, and DDPM++, NCSN++, ADM
                as improved and published with EDM (Karras et al. 2022, its code's "SongUNet" and
                "DhariwalUNet"), one class.  Parameter names and shapes are those of the published
                networks: Denoiser(UNet(...)).load_state_dict accepts their exported weights.
-    Inception  features and class logits of images, for FID, KID and IS
+    Inception  features and class logits of images, for FID and IS
 
 labels (B,) int64, -1 for "no class"; augment_labels (B, augment_dim) or None for "not augmented".
 """
@@ -23,29 +23,31 @@ from torch import nn
 class Denoiser(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)   (EDM eq. 7).  Needs: nothing.
 
-    model: F(x, c_noise (B,), labels, augment_labels) -> like x.  precondition: any function
-    sigma -> (c_skip, c_out, c_in, c_noise), e.g. a schedule row's.  x (B, ...), sigma 0-d or
-    (B, 1, ..., 1) -> (B, ...).  The arithmetic around F is float32, or float64 where x is,
-    whatever autocast does.
+    model: the raw network F(x, c_noise (B,), labels, augment_labels) -> like x.
+    precondition: a function sigma -> (c_skip, c_out, c_in, c_noise), e.g. a schedule's.
+    amp: torch.bfloat16 or torch.float16 to run F under autocast; the arithmetic around F is
+    float32, or float64 where x is, whatever autocast does.
 
-    A model with a head gives twice the channels; `with_head` is D and that second half, as it is:
-    of the size of eps^2, for the covariances of SN-DPM and NPR-DPM.  None without a head.
+    x (B, ...), sigma 0-d or (B, 1, ..., 1) -> (B, ...).  Labels (n,) with n < B are those of the
+    first n rows, and are repeated for the others: a loss that calls D on c copies of its batch
+    sends c n rows and n labels.
 
-    amp: torch.bfloat16 or torch.float16, in which autocast then runs F.
+    A model with a second head gives twice the channels; head=True returns D and that second half
+    as it is, for the covariances of SN-DPM and NPR-DPM.
     """
-    amp = None
 
-    def __init__(self, model, precondition):
+    def __init__(self, model, precondition, amp=None):
         super().__init__()
-        self.model, self.precondition = model, precondition
+        self.model, self.precondition, self.amp = model, precondition, amp
 
-    def forward(self, x, sigma, labels=None, augment_labels=None):
-        return self.with_head(x, sigma, labels, augment_labels)[0]
-
-    def with_head(self, x, sigma, labels=None, augment_labels=None):
+    def forward(self, x, sigma, labels=None, augment_labels=None, head=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         sigma = torch.as_tensor(sigma).to(x, non_blocking=True)
         sigma = sigma.expand(len(x)).view(-1, *[1] * (x.ndim - 1)) if sigma.ndim == 0 else sigma
+        if labels is not None:
+            labels = labels.repeat(len(x) // len(labels))
+        if augment_labels is not None:
+            augment_labels = augment_labels.repeat(len(x) // len(augment_labels), 1)
         c_skip, c_out, c_in, c_noise = self.precondition(sigma)             # each (B, 1, ..., 1)
         given = c_in * x, c_noise.flatten(), labels, augment_labels
         if self.amp is None:
@@ -53,18 +55,19 @@ class Denoiser(nn.Module):
         else:
             with torch.autocast(x.device.type, self.amp):
                 F_x = self.model(*given)
-        F_x, *head = F_x.to(x.dtype).split(x.shape[1], dim=1)
-        return c_skip * x + c_out * F_x, head[0] if head else None
+        F_x, *second = F_x.to(x.dtype).split(x.shape[1], dim=1)
+        D = c_skip * x + c_out * F_x
+        return (D, *second) if head else D
 
 
-def target_coefficients(target, sigma, sigma_data=0.5):
-    """c_skip, c_out that make the raw network predict `target` (one row each, D solved for).
+def target_coefficients(target, sigma):
+    """c_skip, c_out that make the raw network predict `target` (each line solved for D).
 
-        eps  D = x - sigma eps               v   D = (x - sigma sqrt(1 + sigma^2) v)/(1 + sigma^2)
-        x0   D = x0                          F   D = (sigma_data^2 x + sigma sigma_data r F)/r^2
+        eps  D = x - sigma eps          v   D = (x - sigma sqrt(1 + sigma^2) v)/(1 + sigma^2)
+        x0   D = x0
 
-    v = alpha eps - alpha sigma x0 with alpha = 1/sqrt(1 + sigma^2);  F: EDM's, with
-    r = sqrt(sigma^2 + sigma_data^2).  sigma of any shape -> two like it.  Needs: nothing.
+    v = alpha eps - alpha sigma x0 with alpha = 1/sqrt(1 + sigma^2).  EDM's own target is that of
+    its schedule.  sigma of any shape -> two like it.  ValueError: another name.  Needs: nothing.
     """
     if target == "eps":
         return torch.ones_like(sigma), -sigma
@@ -72,10 +75,7 @@ def target_coefficients(target, sigma, sigma_data=0.5):
         return torch.zeros_like(sigma), torch.ones_like(sigma)
     if target == "v":
         return 1 / (1 + sigma ** 2), -sigma / (1 + sigma ** 2).sqrt()
-    if target == "F":
-        total = sigma ** 2 + sigma_data ** 2
-        return sigma_data ** 2 / total, sigma * sigma_data / total.sqrt()
-    raise ValueError(f"target {target!r} is none of eps, x0, v, F")
+    raise ValueError(f"target {target!r} is none of eps, x0, v")
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -193,9 +193,7 @@ class Block(nn.Module):
         """Softmax attention over the pixels.  The published layout interleaves q, k, v channels."""
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(B, self.heads, C // self.heads, 3, H * W)
-        qkv = qkv.permute(3, 0, 1, 4, 2)                             # (3, B, heads, HW, C/heads)
-        if x.is_cuda:
-            qkv = qkv.contiguous()            # as fused kernels need it; CPUs' know no vmap
+        qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()                # (3, B, heads, HW, C/heads)
         a = F.scaled_dot_product_attention(*qkv)                        # (B, heads, HW, C/heads)
         return self.proj(a.transpose(2, 3).reshape(B, C, H, W))
 

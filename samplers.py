@@ -1,17 +1,17 @@
 """samplers.py: how noise becomes data.
 
-    denoise(x, sigma) -> (B, ...)  an estimate of E[x0 | x = x0 + sigma noise]; sigma is 0-d, in
-                                   rk45, where each sample has its own, (b, 1, ..., 1)
+    denoise(x, sigma) -> (B, ...)  an estimate of E[x0 | x = x0 + sigma noise]; sigma is
+                                   (B, 1, ..., 1), of x's dtype and device
     every sampler takes (denoise, x, t, ...) and returns x at t[-1]  (rk45: x and its NFE)
     t (N + 1,)   times from the start down to 0, e.g. a schedule's time_steps(N), N >= 1
     x (B, ...)   the start, s(t[0]) sigma(t[0]) N(0, I), drawn by the caller
     schedule     anything with functions sigma, dsigma, s, ds of t, e.g. a class of schedules.py;
-                 where an argument is called sigma, not t, the frame is sigma(t) = t, s(t) = 1
+                 a sampler that takes sigma instead of t works with sigma(t) = t, s(t) = 1
     noise        noise() -> (B, ...), a fresh N(0, I), e.g. seeded_noise
     callback     callback(i, x) after step i = 0, 1, ..., for trajectories; x is its to keep
 
 Keep t on the CPU, in float64: its entries then act as plain numbers on x of any device and type,
-and no step waits for the device.  NFE (calls of denoise per sample) stands in each docstring.
+and no step waits for the device.  Each docstring gives the NFE, the calls of denoise per sample.
 An x that stops being finite is a FloatingPointError at the end, naming the step and its sigma.
 
 Sources: EDM = Karras et al. 2022, SDE = Song, Sohl-Dickstein et al. 2021, DDPM = Ho et al. 2020,
@@ -50,13 +50,24 @@ def checked(x, finite, sigma):
     return x
 
 
+def level(x, sigma):
+    """The number sigma as denoise wants it: (B, 1, ..., 1), of x's dtype and device.
+
+    sigma (B, 1, ..., 1) keeps its shape.  Needs: nothing.
+    """
+    if sigma.ndim == 0:
+        return x.new_full((len(x), *[1] * (x.ndim - 1)), float(sigma))
+    return sigma.to(x.dtype)
+
+
 def guidance(conditional, unconditional, weight):
     """Classifier-free guidance (CFG eq. 6, its w = weight - 1): one denoiser out of two.
 
-        D = D_u + weight (D_c - D_u)          weight 1 is D_c, 0 is D_u, above 1 exaggerates
+        D = D_u + weight (D_c - D_u)
 
-    Each call of it calls both.  Extra arguments, such as rk45's labels, go to conditional alone.
-    Needs: nothing.
+    weight 1 gives D_c, the conditional denoiser, 0 gives D_u, and more than 1 exaggerates what the
+    condition changes.  Each call calls both.  Extra arguments, such as rk45's labels, go to
+    `conditional` alone.  Needs: nothing.
     """
     def denoise(x, sigma, *labels):
         return torch.lerp(unconditional(x, sigma), conditional(x, sigma, *labels), weight)
@@ -70,10 +81,11 @@ def ode_slope(denoise, x, t, schedule):
 
         dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s; sigma)
 
-    x (B, ...), t 0-d or (B, 1, ..., 1) -> (B, ...).  Needs: nothing.
+    x (B, ...), t 0-d or (B, 1, ..., 1) -> (B, ...).  Needs: level.
     """
     sigma, dsigma, s, ds = schedule.sigma(t), schedule.dsigma(t), schedule.s(t), schedule.ds(t)
-    return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * denoise(x / s, sigma)
+    D = denoise(x / s, level(x, sigma))
+    return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * D
 
 
 @torch.no_grad()
@@ -82,7 +94,7 @@ def euler(denoise, x, t, schedule, callback=None):
 
         x <- x + (t_{i+1} - t_i) dx/dt(x, t_i)
 
-    x (B, ...), t (N + 1,) -> (B, ...).  Needs: ode_slope, record, checked.
+    x (B, ...), t (N + 1,) -> (B, ...).  Needs: ode_slope, level, record, checked.
     """
     finite = []
     for t_cur, t_next in zip(t[:-1], t[1:]):
@@ -99,7 +111,7 @@ def heun(denoise, x, t, schedule, callback=None):
         x' = x + (t_{i+1} - t_i) d,  d = dx/dt(x, t_i),  d' = dx/dt(x', t_{i+1})
         x <- x + (t_{i+1} - t_i) (d + d')/2,     or x' itself where t_{i+1} = 0
 
-    x (B, ...), t (N + 1,) -> (B, ...).  Needs: ode_slope, record, checked.
+    x (B, ...), t (N + 1,) -> (B, ...).  Needs: ode_slope, level, record, checked.
     """
     finite = []
     for t_cur, t_next in zip(t[:-1], t[1:]):
@@ -142,35 +154,43 @@ def dormand_prince(slope, x, t, h, k1):
 def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=1000, callback=None):
     """Adaptive Dormand-Prince on the probability flow ODE.  NFE = 6 (steps taken or refused) + 1.
 
-        a step stands if r = rms(error/(atol + rtol max(|x|, |x'|))) <= 1;   h <- .9 h r^(-1/5)
+        r = rms(error/(atol + rtol max(|x|, |x'|))),   the step is kept if r <= 1, else tried again
+        h <- h min(max(.9 r^(-1/5), .2), 10);    the step after a refused one does not grow h
 
-    From t[0] to the last t_i > 0, whatever lies between; then Euler's step to 0, whose slope is
-    there already: pass t[:-1] to stop before it.  r and h, whose factor stays in [.2, 5], are each
-    sample's own, which is the same alone or in company and leaves the batch on arrival.  denoise is
-    called with sigma (b, 1, ..., 1) and the same b rows of each tensor (B, ...) in labels.
+    It goes from t[0] to the last t_i > 0 in steps of its own; the t_i between do not matter.  The
+    first h makes h |dx/dt| 1 % of |x|, both in that norm, within 1e-6 of the whole way and all of
+    it.  Then comes Euler's step to 0, whose slope is known already; pass t[:-1] to stop before it.
+    r and h are each sample's own: a sample does not depend on its batch, and leaves it when done.
+    denoise gets x (b, ...), sigma (b, 1, ..., 1) and the same b rows of each tensor in labels.
     x (B, ...), t (N + 1,) -> x (B, ...), NFE (B,) int64.  Errors: FloatingPointError where x is
     not finite, h below what t can resolve, or max_steps too few; it names step, sample, t, sigma.
-    Needs: ode_slope, dormand_prince, record, checked.
+    Needs: ode_slope, level, dormand_prince, record, checked.
     """
     double = torch.float32 if x.device.type == "mps" else torch.float64
     time, end = (v.to(x.device, double) for v in (t[0], t[t > 0][-1]))
     rows, column, finite = torch.arange(len(x), device=x.device), [-1] + [1] * (x.ndim - 1), []
     time, nfe = time.repeat(len(x)), torch.ones_like(rows)                                # (B,)
-    h, tiny = (time - end) / 100, 10 * torch.finfo(double).eps
+    tiny, refused = 10 * torch.finfo(double).eps, torch.zeros_like(rows, dtype=torch.bool)
 
     def slope(x, time):
         own = [label[rows] for label in labels]         # of the rows that are still on their way
-        return ode_slope(lambda y, sigma: denoise(y.to(x.dtype), sigma.to(x.dtype), *own),
-                         x, time, schedule).to(x.dtype)
+
+        def D(y, sigma):
+            return denoise(y.to(x.dtype), sigma, *own)
+        return ode_slope(D, x, time, schedule).to(x.dtype)
+
+    def size(y, x):                                     # rms of y, in tolerances at x
+        return (y / (atol + rtol * x.abs())).flatten(1).square().mean(1).sqrt().to(double)
 
     k = slope(x, time.view(column))
+    h = (0.01 * size(x, x) / size(k, x)).nan_to_num(0).maximum(1e-6 * (time - end))
+    h = h.minimum(time - end)
     while len(rows := (time > end).nonzero().squeeze(1)):                                 # (b,)
         now, y = time[rows], x[rows]
         step = h[rows].minimum(now - end)
         y_next, error, k_next = dormand_prince(slope, y, now.view(column), -step.view(column),
                                                k[rows])
-        error = error / (atol + rtol * y.abs().maximum(y_next.abs()))
-        r = error.flatten(1).square().mean(1).sqrt().to(double)                           # (b,)
+        r = size(error, y.abs().maximum(y_next.abs()))                                    # (b,)
         stuck = ~r.isfinite() | (r > 1) & (step < tiny * now)
         if stuck.any() or len(finite) == max_steps:
             j = stuck.int().argmax()
@@ -182,7 +202,9 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
         x = x.index_copy(0, rows[good], y_next[good])
         k = k.index_copy(0, rows[good], k_next[good])
         time[rows[good]] = torch.where(step < now - end, now - step, end)[good]
-        h[rows] = step * (0.9 * r ** -0.2).clamp(0.2, 5)
+        factor = (0.9 * r ** -0.2).clamp(0.2, 10)
+        h[rows] = step * torch.where(refused[rows], factor.clamp(max=1), factor)
+        refused[rows] = ~good
         nfe[rows] += 6
         record(x, finite, callback)
     if t[-1] == 0:
@@ -216,7 +238,7 @@ def edm_stochastic(denoise, x, sigma, noise, S_churn=0.0, S_tmin=0.0, S_tmax=flo
         then Heun's step from sigma_hat to sigma_{i+1}
 
     x (B, ...), sigma (N + 1,), noise() -> (B, ...), not called where gamma = 0; S_churn = 0 is
-    Heun.  Needs: record, checked.
+    Heun.  Needs: level, record, checked.
     """
     N, finite = len(sigma) - 1, []
     for sigma_cur, sigma_next in zip(sigma[:-1], sigma[1:]):
@@ -224,12 +246,38 @@ def edm_stochastic(denoise, x, sigma, noise, S_churn=0.0, S_tmin=0.0, S_tmax=flo
         sigma_hat = (1 + gamma) * sigma_cur
         if gamma > 0:
             x = x + (sigma_hat ** 2 - sigma_cur ** 2).sqrt() * S_noise * noise()
-        d = (x - denoise(x, sigma_hat)) / sigma_hat
+        d = (x - denoise(x, level(x, sigma_hat))) / sigma_hat
         x_next = x + (sigma_next - sigma_hat) * d
         if sigma_next > 0:
-            d_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
+            d_next = (x_next - denoise(x_next, level(x_next, sigma_next))) / sigma_next
             x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2
         x = x_next
+        record(x, finite, callback)
+    return checked(x, finite, sigma)
+
+
+@torch.no_grad()
+def euler_maruyama(denoise, x, sigma, noise, beta=1.0, callback=None):
+    """Euler's method on EDM's SDE, in sigma(t) = t, s(t) = 1   (EDM eq. 6).  NFE = N.
+
+        dx = -sigma score dsigma - beta sigma score dsigma + sqrt(2 beta sigma) dw
+        x <- x + (1 + beta) h (D - x)/sigma_i + sqrt(2 beta sigma_i h) z
+
+    with h = sigma_i - sigma_{i+1}.  The first term is the probability flow.  The other two form a
+    Langevin process, which leaves p(x; sigma) as it is: new noise z replaces old noise at the rate
+    beta(t) = beta sigma'/sigma.  beta = 0 is Euler's method, beta = 1 the reverse SDE of Song et
+    al.'s VE.  First order, weakly and, as the noise does not depend on x, strongly.
+    The step to 0 is D.
+    x (B, ...), sigma (N + 1,), noise() -> (B, ...).  Needs: level, record, checked.
+    """
+    finite = []
+    for sigma_cur, sigma_next in zip(sigma[:-1], sigma[1:]):
+        h = sigma_cur - sigma_next
+        d = (denoise(x, level(x, sigma_cur)) - x) / sigma_cur
+        if sigma_next > 0 and beta > 0:
+            x = x + (1 + beta) * h * d + (2 * beta * sigma_cur * h).sqrt() * noise()
+        else:
+            x = x + h * d
         record(x, finite, callback)
     return checked(x, finite, sigma)
 
@@ -250,11 +298,11 @@ def ddim(denoise, x, sigma, noise=None, eta=0.0, covariance=None, cap=None, call
     [-1, 1] on average, sqrt(w + ...) <= sqrt(1 + b^2) cap (2/255) sqrt(pi/2): for images (2 in
     DDPM, 1 in DDIM).  None: no cap.  The step to 0 is D, without noise.
     eta = 0 without covariance is Euler in sigma(t) = t and calls no noise.  eta = 1 is DDPM.
-    x (B, ...), sigma (N + 1,), noise() -> (B, ...).  Needs: record, checked.
+    x (B, ...), sigma (N + 1,), noise() -> (B, ...).  Needs: level, record, checked.
     """
     last, random, finite = sigma[sigma > 0][-1], eta > 0 or covariance is not None, []
     for a, b in zip(sigma[:-1], sigma[1:]):
-        D = denoise(x, a)
+        D = denoise(x, level(x, a))
         w = eta ** 2 * (b / a) ** 2 * (a ** 2 - b ** 2)
         k = (b ** 2 - w).sqrt() / a
         x_next = D + k * (x - D)
@@ -278,7 +326,7 @@ def ddpm(denoise, x, sigma, noise, variance="beta_tilde", cap=None, callback=Non
 
     The first two are the third with Cov = 0 and Cov = a^2/(1 + a^2).  variance: a name, or the
     covariance(x, sigma, D); the rest as in ddim.  Errors: ValueError for any other name.
-    Needs: ddim, record, checked.
+    Needs: ddim, level, record, checked.
     """
     named = {"beta_tilde": None, "beta": lambda x, sigma, D: sigma ** 2 / (1 + sigma ** 2)}
     if not callable(variance) and variance not in named:
@@ -319,10 +367,10 @@ def sn_covariance(head, bound=1.0):
 
     head(x, sigma) -> h (B, ...), asked once per noisy step, after denoise at the same x and sigma:
     a network with both outputs can keep its second one.  Unclipped, it can be negative.  bound: 1
-    is the largest variance of data in [-1, 1].  -> covariance(x, sigma, D).  Needs: nothing.
+    is the largest variance of data in [-1, 1].  -> covariance(x, sigma, D).  Needs: level.
     """
     def covariance(x, sigma, D):
-        return (sigma ** 2 * head(x, sigma) - (x - D) ** 2).clamp(0, bound)
+        return (sigma ** 2 * head(x, level(x, sigma)) - (x - D) ** 2).clamp(0, bound)
     return covariance
 
 
@@ -332,10 +380,10 @@ def npr_covariance(head, bound=1.0):
         Cov = sigma^2 h,  h = E[(eps - eps_hat)^2 | x],  eps_hat = (x - D)/sigma,  in [0, bound]
 
     As sn_covariance, but right about an imperfect D too: its error is part of h.
-    head(x, sigma) -> h (B, ...).  -> covariance(x, sigma, D).  Needs: nothing.
+    head(x, sigma) -> h (B, ...).  -> covariance(x, sigma, D).  Needs: level.
     """
     def covariance(x, sigma, D):
-        return (sigma ** 2 * head(x, sigma)).clamp(0, bound)
+        return (sigma ** 2 * head(x, level(x, sigma))).clamp(0, bound)
     return covariance
 
 
@@ -357,10 +405,10 @@ def snr_step(score, z, snr, alpha):
 
         step = 2 alpha (snr |z|/|score|)^2,     norms over each sample
 
-    Published code takes the batch's mean norms, so that samples depend on each other.  Each
-    sample's own depend on x, and the law that stays has (1 + 2/d)^2 the variance in d dimensions:
-    nothing for images, ruin for points (|score| = 0 at a mode).  score, z (B, ...), alpha 0-d ->
-    (B, 1, ..., 1).  Needs: nothing.
+    Published code takes the batch's mean norms, so that samples depend on each other.  The norms of
+    one sample depend on x, so the law that Langevin steps then keep has (1 + 2/d)^2 times the
+    variance in d dimensions: negligible for images, fatal in few dimensions, where |score| can be
+    near 0.  score, z (B, ...), alpha 0-d -> (B, 1, ..., 1).  Needs: nothing.
     """
     ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)                       # (B,)
     return 2 * alpha * (snr * ratio.view(-1, *[1] * (z.ndim - 1))) ** 2
@@ -375,12 +423,13 @@ def predictor_corrector(denoise, x, t, schedule, noise, snr=0.16, norms=True, ca
 
     from t_i (s, sigma) to t_{i+1} (s', sigma'), corrector first as in the published code, no noise
     in the step to 0.  a and v are the forward transition's: VE a = 1; VP a = sqrt(1 - beta),
-    v = beta.  step: snr_step with alpha = a^2; without norms, 2 alpha (snr s sigma)^2, what it is
-    where the score is that of noise alone: for points.  Too large a variance, by snr^2, stays.
-    x (B, ...), t (N + 1,), noise() -> (B, ...).  Needs: langevin, snr_step, record, checked.
+    v = beta.  step: snr_step with alpha = a^2; without norms, 2 alpha (snr s sigma)^2, to which
+    snr_step comes down where the score is that of noise alone: for points.  The finite step leaves
+    the variance too large, by a share of about snr^2.
+    x (B, ...), t (N + 1,), noise() -> (B, ...).  Needs: langevin, snr_step, level, record, checked.
     """
     def score(x, s, sigma):
-        return (s * denoise(x / s, sigma) - x) / (s * sigma) ** 2
+        return (s * denoise(x / s, level(x, sigma)) - x) / (s * sigma) ** 2
 
     finite = []
     for t_cur, t_next in zip(t[:-1], t[1:]):

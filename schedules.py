@@ -10,12 +10,13 @@ Every class has the same members in the same order, so that two columns can be p
     time_steps(N)        -> (N + 1,) float64   t_0 > ... > t_{N-1} > t_N = 0, any N >= 1
     training_sigma(u)    -> sigma              u uniform on (0, 1): inverse CDF of p_train(sigma)
     precondition(sigma)  -> c_skip, c_out, c_in, c_noise
-    weight(sigma)        -> lambda             the row's own weight on |D - x0|^2
+    weight(sigma)        -> lambda             the column's own weight on |D - x0|^2
 
-t, sigma and u are tensors of any shape.  The caller draws u, and may stratify it; at its ends 0 and
-1 a log-normal sigma is 0 and infinite.  sigma is in units of the data (images in [-1, 1]); t is
-whatever the row calls time.
-Sampling and training rows are independent: D is a black box that any row's grid may call.
+t, sigma and u are tensors of any shape.  sigma is in units of the data (images in [-1, 1]); t is
+whatever the column calls time.  The caller draws u, and may stratify it; at u = 0 and u = 1 a
+log-normal sigma is 0 and infinite.
+Sampling and training are independent: D is a black box, and a network trained with one column can
+be sampled with the time steps of any other.
 
 Source: EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
 Models", Table 1.  Published code computes VP in float32 as sqrt(exp(.) - 1), which loses up to
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 
-# ---- Continuous rows -----------------------------------------------------------------------------
+# ---- Continuous columns --------------------------------------------------------------------------
 
 @dataclass
 class VP:
@@ -162,16 +163,54 @@ class EDM:
         return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2
 
 
-# ---- Discrete rows -------------------------------------------------------------------------------
-# A ladder of noise levels is all there is of them: sigma(t) = t, s(t) = 1, and time_steps respaces
-# the ladder, that is, picks N of its levels.
+# ---- Discrete columns ----------------------------------------------------------------------------
+
+class Ladder:
+    """What IDDPM and DDPM share: a ladder of noise levels, with sigma(t) = t and s(t) = 1.
+
+    levels (M,) float64, rising.  The network knows a level by its number, counted from `first`; a
+    sigma between two levels has the number of the nearest.  Needs: nothing.
+    """
+
+    first = 0
+
+    def sigma(self, t):
+        return t
+
+    def sigma_inv(self, sigma):
+        return sigma
+
+    def dsigma(self, t):
+        return torch.ones_like(t)
+
+    def s(self, t):
+        return torch.ones_like(t)
+
+    def ds(self, t):
+        return torch.zeros_like(t)
+
+    def training_sigma(self, u):
+        M = len(self.levels)
+        return self.levels.to(u, non_blocking=True)[(u * M).long().clamp(max=M - 1)]
+
+    def precondition(self, sigma):
+        levels = self.levels.to(sigma, non_blocking=True)
+        nearest = (levels - sigma.unsqueeze(-1)).abs().argmin(-1).to(sigma)
+        c_noise = self.first + nearest
+        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
+
+    def weight(self, sigma):
+        return 1 / sigma ** 2
+
 
 @dataclass
-class IDDPM:
-    """Improved DDPM (Nichol & Dhariwal 2021): EDM Table 1, column 'iDDPM'.  Needs: nothing.
+class IDDPM(Ladder):
+    """Improved DDPM (Nichol & Dhariwal 2021): EDM Table 1, column 'iDDPM'.  Needs: Ladder.
 
-    u_0 = 20291 > ... > u_8 = 80.2 > ... > u_{M-1} = .0064 > u_M = 0; j0 = 8 drops the levels that
-    no data needs.  At most M - j0 steps: more would repeat a level (ValueError).
+    u_0 = 20291 > ... > u_8 = 80.2 > ... > u_{M-1} = .0064 > u_M = 0.  Training uses all levels,
+    time_steps starts at u_{j0}.  c_noise = M - 1 - j for the nearest u_j.  Published code counts
+    u_M among the levels, so that its c_noise is -1 for sigma below u_{M-1}/2; here it is 0 there.
+    time_steps: ValueError for more than M - j0 steps, which would repeat a level.
     """
 
     C1: float = 0.001
@@ -187,74 +226,34 @@ class IDDPM:
         for j in range(self.M, 0, -1):
             ratio = max(alpha_bar[j - 1] / alpha_bar[j], self.C1)
             u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
-        self.levels = torch.tensor(u[:0:-1], dtype=torch.float64)           # (M,) u_0 ... u_{M-1}
-
-    def sigma(self, t):
-        return t
-
-    def sigma_inv(self, sigma):
-        return sigma
-
-    def dsigma(self, t):
-        return torch.ones_like(t)
-
-    def s(self, t):
-        return torch.ones_like(t)
-
-    def ds(self, t):
-        return torch.zeros_like(t)
+        self.levels = torch.tensor(u[1:], dtype=torch.float64)              # u_{M-1} ... u_0
 
     def time_steps(self, N):
         if N > self.M - self.j0:
             raise ValueError(f"iDDPM has {self.M - self.j0} levels to step on, not {N}")
         i = torch.arange(N, dtype=torch.float64)
         j = (self.j0 + (self.M - 1 - self.j0) * i / max(N - 1, 1) + 0.5).floor().long()
-        return torch.cat([self.levels[j], torch.zeros(1, dtype=torch.float64)])
-
-    def training_sigma(self, u):
-        j = self.M - 1 - (u * self.M).long().clamp(max=self.M - 1)
-        return self.levels.to(u, non_blocking=True)[j]
-
-    def precondition(self, sigma):
-        levels = self.levels.to(sigma, non_blocking=True)
-        c_noise = self.M - 1 - (levels - sigma.unsqueeze(-1)).abs().argmin(-1).to(sigma)
-        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
-
-    def weight(self, sigma):
-        return 1 / sigma ** 2
+        return torch.cat([self.levels[self.M - 1 - j], torch.zeros(1, dtype=torch.float64)])
 
 
 @dataclass
-class DDPM:
-    """DDPM (Ho et al. 2020), the ladder of SA-K, Debias and Analytic-DPM.  Needs: nothing.
+class DDPM(Ladder):
+    """DDPM (Ho et al. 2020), the ladder of SA-K, Debias and Analytic-DPM.  Needs: Ladder.
 
     beta_t linear, alpha_bar_t = prod (1 - beta), sigma_t = sqrt((1 - alpha_bar_t)/alpha_bar_t) for
-    t = 1 ... T: .0100 ... 157.  At most T steps: more would repeat a level (ValueError).
+    t = 1 ... T: .0100 ... 157.  c_noise = t.
+    time_steps: ValueError for more than T steps, which would repeat a level.
     """
 
     beta_1: float = 1e-4
     beta_T: float = 0.02
     T: int = 1000
+    first = 1
 
     def __post_init__(self):
         beta = torch.linspace(self.beta_1, self.beta_T, self.T, dtype=torch.float64)
         log_alpha_bar = torch.log1p(-beta).cumsum(0)
         self.levels = torch.expm1(-log_alpha_bar).sqrt()                # (T,) sigma_1 ... sigma_T
-
-    def sigma(self, t):
-        return t
-
-    def sigma_inv(self, sigma):
-        return sigma
-
-    def dsigma(self, t):
-        return torch.ones_like(t)
-
-    def s(self, t):
-        return torch.ones_like(t)
-
-    def ds(self, t):
-        return torch.zeros_like(t)
 
     def time_steps(self, N):
         if N > self.T:
@@ -262,18 +261,6 @@ class DDPM:
         i = torch.arange(N, dtype=torch.float64)
         t = (self.T + i / max(N - 1, 1) * (1 - self.T)).round().long()
         return torch.cat([self.levels[t - 1], torch.zeros(1, dtype=torch.float64)])
-
-    def training_sigma(self, u):
-        t = 1 + (u * self.T).long().clamp(max=self.T - 1)
-        return self.levels.to(u, non_blocking=True)[t - 1]
-
-    def precondition(self, sigma):
-        levels = self.levels.to(sigma, non_blocking=True)
-        c_noise = 1 + (levels - sigma.unsqueeze(-1)).abs().argmin(-1).to(sigma)
-        return torch.ones_like(sigma), -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
-
-    def weight(self, sigma):
-        return 1 / sigma ** 2
 
 
 SCHEDULES = dict(vp=VP, ve=VE, iddpm=IDDPM, edm=EDM, ddpm=DDPM)

@@ -1,599 +1,1119 @@
-"""train.py: the script that wires the other files together.
+"""train.py: trains a diffusion model.  A script to be read from top to bottom.
 
-    python train.py                               built-in digits, STF, two cores, under 3 minutes
-    python train.py --data cifar10 --xflip        photographs, downloaded once
-    python train.py --data FOLDER|FILE --cond     your own images or points, class-conditional
-    python train.py --resume                      go on with the newest run
+    python train.py                                         digits, STF, a few minutes on a CPU
+    python train.py --data photos/ --size 64 --cond         your own images; sub-folder = class
+    torchrun --nproc-per-node 8 train.py --loss stf --data cifar10
+    python train.py --resume                                go on with the newest run
 
-What a step does is in objectives.py.  Its batch is a pure function of (seed, step): a run that is
-killed and resumed is the run that was not, and two losses can be compared on the same noise.
+A step, as the loop in `run` has it:
+
+    (seed, step) -> Batch -> loss of each sample -> mean -> backward -> clip -> AdamW -> averages
+
+The batch is a pure function of (seed, step): there is no loader and no sampler state.  So a run
+that is killed and resumed takes the same steps as one that is not, ranks and micro-batches only
+share out the rows of a batch, and two losses see the same images and the same noise.
 """
 
 import argparse
 import contextlib
 import copy
-import io
+import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
-import papers
-import runs
-from averages import ema_beta, update_ema
-from datasets import BadInput, attempt, load_data
-from losses import WEIGHTS
-from networks import UNETS
-from objectives import (arrange_memory, backward, build_tools, cost, draw_batch, memory, update,
-                        update_beta)
-from runs import Log, even, lengths, multipliers, number, ranks, save_samples
+from evaluate import BadInput, Progress, attempt, ranks, total
+from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
+                    augmented_stf_target, draw_augmentation, dsm_loss, head_loss, path_noise,
+                    sa_loss, sa_tau, stf_loss, stf_target, taylor_terms)
+from networks import UNETS, Denoiser
 from schedules import SCHEDULES
-
-
-# ---- Presets -------------------------------------------------------------------------------------
-
-SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema="887000", dropout=0.1,
-                 xflip=True)
-KARRAS = {"augment": 0.12, "batch": 512, "lr": 1e-3, "warmup": 19_531, "steps": 390_625,
-          "dropout": 0.13, "ema": "500000", "clip": 1e9}                       # none
-FFHQ = KARRAS | {"size": 64, "mult": "1,2,2,2", "augment": 0.15, "batch": 256, "lr": 2e-4,
-                 "warmup": 39_063, "steps": 781_250, "dropout": 0.05}
-
-PRESETS = {   # the papers' runs: (options beside the defaults, how samples are drawn, what differs)
-    "digits": ({}, "heun 12 steps", "the default"),
-    "toys": ({"data": "checkerboard"}, "heun 18 steps", "points"),
-    "mnist": ({"data": "mnist", "width": 64, "steps": 20_000}, "heun 18 steps", "our choice"),
-    "cifar10-edm-vp": ({"data": "cifar10"} | KARRAS, "heun 18 steps", "EDM config F; with STF"),
-    "cifar10-edm-ve": ({"data": "cifar10", "arch": "ncsnpp"} | KARRAS, "heun 18 steps",
-                       "EDM config F; with STF"),
-    "cifar10-ve": ({"data": "cifar10", "arch": "ncsnpp", "schedule": "ve"} | SCORE_SDE,
-                   "rk45, or pc 1000 steps", "STF; 4 blocks a level, EDM's NCSN++"),
-    "cifar10-vp": ({"data": "cifar10", "schedule": "vp"} | SCORE_SDE, "rk45, or ddim 100 steps",
-                   "STF; 4 blocks a level, EDM's DDPM++"),
-    "cifar10-ddpm": ({"data": "cifar10", "loss": "sa", "schedule": "ddpm", "mult": "1,2,2,2",
-                      "blocks": 2} | SCORE_SDE | {"steps": 500_000}, "ddim, ddpm 10 to 1000 steps",
-                     "SA-2; DDPM++'s blocks for DDPM's, steps not stated"),
-    "celeba64-ve": ({"size": 64, "arch": "ncsnpp", "mult": "1,2,2,2", "schedule": "ve",
-                     "ref-batch": 1024} | SCORE_SDE, "rk45, or pc 1000 steps", "STF; your --data"),
-    "ffhq64": (FFHQ, "heun 40 steps", "EDM config F; with STF; your --data"),
-    "imagenet64-adm": ({"size": 64, "arch": "adm", "cond": True, "batch": 4096, "lr": 1e-4,
-                        "warmup": 2441, "steps": 610_352, "dropout": 0.1, "ema": "50000000",
-                        "clip": 1e9}, "edm-stochastic 256 steps, churn 40",
-                       "EDM (its churn from .05 to 50, S_noise 1.003); with STF; your --data"),
-    "ffhq256-adm": ({"size": 256, "arch": "adm", "width": 128, "mult": "1,1,2,2,4,4", "blocks": 1,
-                     "attend": "16", "loss": "dsm", "weight": "debias", "schedule": "ddpm",
-                     "batch": 8, "lr": 2e-5, "warmup": 0, "steps": 500_000, "ema": "55400"},
-                    "ddpm 1000 steps", "Debias; your --data"),
-}
 
 
 # ---- Options -------------------------------------------------------------------------------------
 
-COUNT, INDEX, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
+def option(default, text, low=None, high=None, choices=None):
+    """A field of Options: its default, its help, and the values that it may have."""
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high,
+                                                            choices=choices))
 
 
-def holdout(text):
-    """A type for argparse: 0, or a number that leaves something to train on."""
-    if INDEX(text) == 1:
-        raise argparse.ArgumentTypeError("1 would leave nothing to train on")
-    return int(text)
+@dataclass
+class Options:
+    """What can be chosen of a run.  None: by the kind of data (see KINDS), or as the help says."""
+
+    # data
+    data: str = option("digits", "digits, two-gaussians, two-gaussians-64d, ring, checkerboard, "
+                       "swiss-roll, cifar10 or mnist; or the path of a folder (sub-folder = "
+                       "class), .zip, .npz or .npy")
+    data_dir: str = option("data", "folder of downloads and caches")
+    size: int = option(None, "crop and resize the images to N x N", 1)
+    holdout: int = option(None, "keep every N-th row from training, to measure the error on; 0: "
+                          "none; built-in sets draw new rows instead", 0)
+    cond: bool = option(None, "tell the network the class of each image")
+    xflip: bool = option(False, "mirror each image with probability 1/2")
+    augment: float = option(0.0, "probability of each of EDM's geometric transforms", 0, 1)
+    # objective
+    loss: str = option("stf", "score matching with stable targets (stf), with plain targets (dsm), "
+                       "on pairs of opposite noises (antithetic), with a Taylor control variate "
+                       "(taylor); or sequence-aware (sa)",
+                       choices=("stf", "dsm", "antithetic", "sa", "taylor"))
+    ref_batch: int = option(None, "stf: number of reference rows, the batch among them", 1)
+    K: int = option(2, "sa: number of consecutive noise levels", 1, 1000)
+    lam: float = option(None, "sa: weight of the term of K errors (default: 0, 1, .3 for K = 1, 2, "
+                        "3, else .2)", 0)
+    tau: str = option("unit", "sa: factors of the K errors: 1, as published (unit), Theorem 1's "
+                      "(paper), or Theorem 1's over the first of them (window)",
+                      choices=("unit", "window", "paper"))
+    level_noise: str = option("independent", "sa: a noise for each level, as published "
+                              "(independent), or those of one forward path, nearly unbiased (path)",
+                              choices=("independent", "path"))
+    order: int = option(0, "taylor: order of the polynomial around the clean image", 0, 2)
+    head: str = option("none", "train a second output of the network of --init, and nothing else, "
+                       "for evaluate.py sample --variance", choices=("none", "sn", "npr"))
+    init: str = option(None, "a run whose averaged weights the run starts from")
+    # noise levels, weight, preconditioning
+    schedule: str = option(None, "noise levels to train on", choices=tuple(SCHEDULES))
+    P_mean: float = option(None, "edm: mean of ln sigma in training", -10, 10)
+    P_std: float = option(None, "edm: standard deviation of ln sigma in training", 0.01, 10)
+    weight: str = option("schedule", "weight of the loss by noise level; schedule: the schedule's "
+                         "own", choices=("schedule", *WEIGHTS))
+    precondition: str = option("schedule", "scaling around the network: a schedule's, or the one "
+                               "by which the network predicts eps, x0 or v; schedule: the "
+                               "schedule's own",
+                               choices=("schedule", *SCHEDULES, "eps", "x0", "v"))
+    # network
+    arch: str = option(None, "mlp for points; unet, a small one; ddpmpp, ncsnpp or adm, as "
+                       "published with EDM", choices=("mlp", *UNETS))
+    width: int = option(None, "channels at the first level (default: as the arch has it)", 4, 4096)
+    mult: tuple = option(None, "channels at each level, as multiples of --width, as in 1,2,2 "
+                         "(default: as the arch has it)", 1, 64)
+    blocks: int = option(None, "blocks at each level (default: as the arch has it)", 1, 64)
+    attend: tuple = option(None, "image sizes at which there is attention, as in 16,8 (default: as "
+                           "the arch has it)", 1, 4096)
+    dropout: float = option(0.0, "share of activations that are dropped in training", 0, 1)
+    label_dropout: float = option(0.0, "share of labels hidden in training, for evaluate.py sample "
+                                  "--guidance", 0, 1)
+    # optimisation
+    steps: int = option(None, "number of training steps", 1)
+    batch: int = option(None, "samples in a step, over all ranks", 1, 65_536)
+    lr: float = option(None, "learning rate of AdamW", 1e-9, 10)
+    warmup: int = option(None, "number of steps over which the learning rate rises", 0)
+    decay: float = option(None, "last share of the steps, over which the learning rate falls to 0",
+                          0, 1)
+    beta2: float = option(None, "AdamW's memory of squared gradients", 0, 0.999999)
+    clip: float = option(1.0, "limit of the gradient's norm", 1e-9)
+    ema: tuple = option(None, "half-lives of the averages of the weights, in images, as in "
+                        "500000,50000; samples use the first average", 1)
+    ema_rampup: float = option(0.05, "a half-life is at most this share of the images seen", 0, 1)
+    # machine
+    amp: str = option("auto", "number type inside the network; auto: bf16 on a GPU that has it, "
+                      "else none", choices=("auto", "none", "bf16", "fp16"))
+    compile: bool = option(False, "compile the network with torch.compile")
+    micro_batch: int = option(None, "samples in memory at a time, on each rank (default: all)", 1)
+    seed: int = option(0, "seed of weights, batches and noise", 0, 2 ** 31 - 1)
+    device: str = option(None, "cpu or cuda (default: cuda where there is one)")
+    out: str = option(None, "folder of the run (default: runs/NUMBER-DATA-LOSS-SCHEDULE)")
+    # what is watched and kept
+    eval_every: int = option(None, "steps between measurements of the error at each noise level; "
+                             "0: none", 0)
+    fid_every: int = option(0, "steps between distances to the data, by which best.pt is kept; 0: "
+                            "none", 0)
+    fid_num: int = option(None, "samples for each distance", 2)
+    fid_features: str = option(None, "what distances are measured on: pixels, or the features of "
+                               "Inception, which is downloaded", choices=("pixels", "inception"))
+    sample_every: int = option(None, "steps between pictures of samples; 0: only at the end", 0)
+    sample_steps: int = option(None, "steps of Heun's method for pictures and distances", 1)
+    checkpoint_every: int = option(None, "steps between checkpoints", 1)
+    keep: int = option(2, "number of checkpoints kept, beside best.pt", 1)
+    # facts about the data, filled in by `resolve`: not on the command line
+    shape: tuple = ()
+    classes: tuple = ()
+    counts: tuple = ()
+    fingerprint: str = ""
 
 
-OPTIONS = {   # name: (type or choices, default or defaults for (digits, points, images), help)
-    "data": (str, "digits", "digits, two-gaussians, two-gaussians-64d, checkerboard, swiss-roll, "
-             "ring, cifar10, mnist; or a path to a folder (sub-folder = class), zip, npz or npy"),
-    "data-dir": (str, "data", "where downloads and caches lie"),
-    "size": (COUNT, None, "centre-crop and resize the images to SIZE x SIZE"),
-    "holdout": (holdout, (0, 0, 100), "every N-th row is kept from training, for the error on "
-                "held-out rows, 0: none; built-in sets draw fresh ones instead"),
-    "cond": (bool, (True, False, False), "class-conditional"),
-    "xflip": (bool, False, "mirror each image with probability 1/2"),
-    "augment": (SHARE, 0.0, "probability of each of EDM's geometric transforms, as in .12"),
-    "loss": (["stf", "dsm", "antithetic", "sa", "taylor", "stf-taylor"], "stf", "score matching "
-             "with stable targets (stf), plain (dsm), on pairs of opposite noises (antithetic); "
-             "sequence-aware (sa); with Taylor control variates (taylor), and STF (stf-taylor)"),
-    "ref-batch": (COUNT, (1024, 1024, 4096), "size n of STF's reference, the batch included"),
-    "mean-correction": (bool, True, "correct what STF's targets of a batch have in common"),
-    "K": (COUNT, 2, "sa: consecutive levels"),
-    "lam": (number(float, 0), None, "sa: weight of the term of K errors; by default 0, 1, .3 for K "
-            "= 1, 2, 3, then .2"),
-    "tau": (["unit", "window", "paper"], "unit", "sa: factors of the K errors: all 1, as "
-            "published (unit); Theorem 1's (paper); these over the first of them (window)"),
-    "level-noise": (["independent", "path"], "independent", "sa: noises of the K levels, as "
-                    "published, or of one path, nearly unbiased"),
-    "order": (number(int, 0, 2), 0, "taylor: of the polynomial around the clean image"),
-    "trace": (["hutchinson", "exact"], "hutchinson", "taylor: how orders 1 and 2 get the trace of "
-              "the Jacobian"),
-    "control": (["switch", "atoms"], "switch", "stf-taylor: a control below a noise level and STF "
-                "above it, or both everywhere, the control averaged over the posterior"),
-    "switch-sigma": (number(float, 1e-9), (0.1, 0.03, 0.1), "control switch: the noise level"),
-    "atoms": (COUNT, 4, "control atoms: references in each control"),
-    "head": (["none", "sn", "npr"], "none", "a second output, for evaluate.py sample --variance"),
-    "init": (str, None, "a run to start from, its averaged weights; with --head they stay as they "
-             "are, and the head alone learns"),
-    "sigma-draw": (["independent", "stratified", "antithetic"], "independent", "quantiles of "
-                   "a batch's noise levels: one in each B-th, or in pairs u, 1 - u"),
-    "weight": (["schedule", *WEIGHTS], "schedule", "of the loss; schedule: the row's own"),
-    "normalize-weight": (bool, False, "make the weight on eps 1 on average over the noise levels"),
-    "target": (["schedule", "eps", "x0", "v", "F"], "schedule", "what the raw network predicts"),
-    "schedule": (list(SCHEDULES), "edm", "noise levels and preconditioning"),
-    "P-mean": (number(float, -10, 10), (-0.5, -1.2, -1.2), "edm trains on ln sigma ~ N(P_mean, "
-               "P_std^2); digits: more noise, where their shapes are decided"),
-    "P-std": (number(float, 0.01, 10), (1.0, 1.2, 1.2), "see P-mean"),
-    "arch": (["mlp", *UNETS], ("unet", "mlp", "ddpmpp"), "mlp: for points; unet: "
-             "a small one; ddpmpp, ncsnpp, adm: as published with EDM"),
-    "width": (even, (None, 128, None), "channels at the first level; none: the arch's own"),
-    "mult": (multipliers, None, "width multipliers of the levels, as in 1,2,2; none: the arch's"),
-    "blocks": (COUNT, None, "blocks per level; none: the arch's own"),
-    "attend": (multipliers, None, "resolutions with attention, as in 16,8; none: the arch's"),
-    "dropout": (SHARE, 0.0, "of the network's activations"),
-    "label-dropout": (SHARE, 0.0, "share of the labels hidden from the network in training"),
-    "steps": (COUNT, (750, 3000, 100_000), "training steps"),
-    "batch": (number(int, 1, 65_536), (16, 256, 128), "samples per step"),
-    "lr": (number(float, 1e-9), (4e-3, 5e-3, 1e-3), "learning rate of AdamW"),
-    "warmup": (INDEX, (20, 100, 1000), "steps over which the rate rises, from lr/N"),
-    "decay": (SHARE, (0.7, 0.8, 0.0), "last share of the steps, over which the rate falls to 0"),
-    "beta2": (SHARE, (0.99, 0.99, 0.999), "AdamW's memory of squared gradients"),
-    "weight-decay": (number(float, 0), 0.0, "of AdamW"),
-    "clip": (number(float, 1e-9), 1.0, "limit on the gradient's norm"),
-    "ema": (lengths, ("2000", "20000", "500000"), "weight averages: half-lives in images, as in "
-            "500000,50000, or widths as shares of the training, as in 0.05,0.1 (any other: sample "
-            "--weights, if --keep keeps all checkpoints); samples are of the first"),
-    "ema-rampup": (SHARE, 0.05, "a half-life is at most this share of the images seen"),
-    "amp": (["auto", "none", "bf16", "fp16"], "auto", "precision of the network alone; auto: bf16 "
-            "on GPUs that have it"),
-    "compile": (bool, False, "torch.compile the network"),
-    "micro-batch": (COUNT, None, "samples a rank has in memory at a time; none: its whole share"),
-    "seed": (number(int, 0, 2 ** 32 - 1), 0, "of weights, batches and noise"),
-    "device": (str, None, "none: cuda where there is one, else cpu"),
-    "out": (str, None, "the run's folder; none: runs/NUMBER-DATA-LOSS"),
-    "eval-every": (INDEX, (250, 1000, 5000), "steps between the errors on held-out rows and frozen "
-                   "noise; 0: never"),
-    "fid-every": (INDEX, 0, "steps between Frechet distances, of which the best checkpoint is kept;"
-                  " 0: never"),
-    "fid-num": (number(int, 2), (500, 4000, 2048), "samples for each Frechet distance"),
-    "fid-features": (["pixels", "inception"], "pixels", "of which features these distances are"),
-    "inception": (str, None, "Inception's weights for these; none: downloaded"),
-    "sample-every": (INDEX, (0, 0, 5000), "steps between sample grids; 0: only at the end"),
-    "sample-steps": (COUNT, (12, 18, 18), "Heun steps of the grids"),
-    "checkpoint-every": (COUNT, (100, 500, 1000), "steps between checkpoints"),
-    "keep": (COUNT, 2, "checkpoints kept, beside the best one of --fid-every"),
-}
-MAY_CHANGE = {"steps", "device", "compile", "micro-batch", "eval-every", "fid-every", "fid-num",
-              "fid-features", "inception", "sample-every", "sample-steps", "checkpoint-every",
-              "keep"}                                                          # in --resume
-ALIKE = MAY_CHANGE | {"data", "data-dir", "size", "holdout", "seed", "out"}       # in --compare
-KINDS = ("digits", "points", "images")
-WORDS = dict(data="SET", init="RUN", device="NAME", inception="FILE", mult="N,..", attend="N,..",
-             ema="N,..")                                                       # in --help
-GROUPS = {"data": "data", "loss": "objective", "sigma-draw": "noise levels and weights",
-          "arch": "network", "steps": "optimisation", "amp": "machine and run",
-          "eval-every": "what is watched and kept"}            # first option: heading in --help
-BELONGS = {"mean-correction": ("stf", "stf-taylor"), "K": ("sa",), "lam": ("sa",), "tau": ("sa",),
-           "level-noise": ("sa",), "order": ("taylor", "stf-taylor"), "control": ("stf-taylor",),
-           "trace": ("taylor", "stf-taylor"), "switch-sigma": ("stf-taylor",),
-           "atoms": ("stf-taylor",)}
-ALL = ("dsm,dsm:batch=32,antithetic,stf,stf:no-mean-correction,sa,sa:level-noise=path,"
-       "dsm:weight=debias,taylor,stf-taylor")
+CHOSEN = {field.name: field for field in dataclasses.fields(Options) if field.metadata}
+MAY_CHANGE = ("data", "data_dir", "steps", "device", "compile", "micro_batch", "eval_every",
+              "fid_every", "fid_num", "fid_features", "sample_every", "sample_steps",
+              "checkpoint_every", "keep")                                          # in --resume
+
+KINDS = {     # the defaults that depend on the kind of data, and for images on the machine
+    "digits": dict(holdout=0, cond=True, ref_batch=1024, schedule="edm", P_mean=-0.5, P_std=1.0,
+                   arch="unet", steps=750, batch=16, lr=4e-3, warmup=20, decay=0.7, beta2=0.99,
+                   ema=(2000,), eval_every=250, fid_num=500, fid_features="pixels", sample_every=0,
+                   sample_steps=12, checkpoint_every=100),
+    "points": dict(holdout=0, cond=False, ref_batch=1024, schedule="edm", P_mean=-1.2, P_std=1.2,
+                   arch="mlp", steps=3000, batch=256, lr=5e-3, warmup=100, decay=0.8, beta2=0.99,
+                   ema=(20_000,), eval_every=1000, fid_num=4000, fid_features="pixels",
+                   sample_every=0, sample_steps=18, checkpoint_every=500),
+    "images": dict(holdout=100, cond=False, ref_batch=4096, schedule="edm", P_mean=-1.2, P_std=1.2,
+                   arch="ddpmpp", steps=100_000, batch=128, lr=1e-3, warmup=1000, decay=0.0,
+                   beta2=0.999, ema=(500_000,), eval_every=5000, fid_num=2048,
+                   fid_features="inception", sample_every=5000, sample_steps=18,
+                   checkpoint_every=1000)}
+KINDS["images without a GPU"] = KINDS["images"] | dict(
+    arch="unet", steps=2000, batch=16, lr=2e-3, warmup=50, decay=0.7, beta2=0.99, ema=(5000,),
+    eval_every=500, sample_every=500, checkpoint_every=200)
+
+# The papers' runs, with the published batch, learning rate, warm-up, dropout, augmentation,
+# averages and number of steps.
+SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema=(887_000,), dropout=0.1,
+                 xflip=True, clip=1.0, beta2=0.999, decay=0.0)
+KARRAS = dict(schedule="edm", augment=0.12, batch=512, lr=1e-3, warmup=19_531, steps=390_625,
+              dropout=0.13, ema=(500_000,), clip=1e9, beta2=0.999, decay=0.0, fid_every=10_000,
+              fid_num=50_000)
+CIFAR = dict(data="cifar10", arch="ddpmpp", fid_every=10_000, fid_num=10_000)
+PRESETS = {
+    "mnist": dict(data="mnist", schedule="edm", arch="ddpmpp", width=64, steps=20_000),
+    # EDM, config F, its target replaced by STF's; sampled with heun, 18 steps
+    "cifar10-edm-vp": CIFAR | KARRAS,
+    "cifar10-edm-ve": CIFAR | KARRAS | dict(arch="ncsnpp"),
+    # STF; sampled with rk45, or pc with 1000 steps (VE), ddim with 100 (VP)
+    "cifar10-ve": CIFAR | SCORE_SDE | dict(arch="ncsnpp", schedule="ve"),
+    "cifar10-vp": CIFAR | SCORE_SDE | dict(schedule="vp"),
+    "celeba64-ve": SCORE_SDE | dict(size=64, arch="ncsnpp", mult=(1, 2, 2, 2), schedule="ve",
+                                    ref_batch=1024),
+    # SA-2; DDPM++'s blocks for DDPM's, and a number of steps that the paper does not state
+    "cifar10-ddpm": CIFAR | SCORE_SDE | dict(loss="sa", schedule="ddpm", mult=(1, 2, 2, 2),
+                                             blocks=2, steps=500_000),
+    # EDM at 64x64; sampled with heun, 40 steps, and edm-stochastic, 256 steps, S_churn 40, S_tmin
+    # .05, S_tmax 50, S_noise 1.003
+    "ffhq64": KARRAS | dict(size=64, arch="ddpmpp", mult=(1, 2, 2, 2), augment=0.15, batch=256,
+                            lr=2e-4, warmup=39_063, steps=781_250, dropout=0.05),
+    "imagenet64-adm": KARRAS | dict(size=64, arch="adm", cond=True, augment=0.0, batch=4096,
+                                    lr=1e-4, warmup=2441, steps=610_352, dropout=0.1,
+                                    ema=(50_000_000,)),
+    # Debias; sampled with ddpm, 1000 steps
+    "ffhq256-adm": dict(size=256, arch="adm", width=128, mult=(1, 1, 2, 2, 4, 4), blocks=1,
+                        attend=(16,), loss="dsm", weight="debias", schedule="ddpm", batch=8,
+                        lr=2e-5, warmup=0, steps=500_000, ema=(55_400,), decay=0.0, beta2=0.999,
+                        fid_every=50_000, fid_num=10_000)}
+BELONGS = dict(K=("loss", "sa"), lam=("loss", "sa"), tau=("loss", "sa"),
+               level_noise=("loss", "sa"), order=("loss", "taylor"), P_mean=("schedule", "edm"),
+               P_std=("schedule", "edm"))
 
 
-def parser():
-    group = p = runs.Parser(
-        prog="train.py", usage="python train.py [OPTION]", description="Train a diffusion model: "
-        "without options digits, STF, under three minutes on two idle CPU cores.")
-    p.add_argument("--preset", choices=[*PRESETS, "list"], metavar="NAME", help="a paper's run; "
-                   "options beside it override its own; list: print them all")
-    p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
-                   f"with the newest one; may change: {', '.join(sorted(MAY_CHANGE))}")
-    p.add_argument("--compare", metavar="A,B,..", help="train several objectives alike and print a "
-                   f"table: dsm, stf, .., with own options as in stf:ref-batch=256; or all: {ALL}")
-    p.add_argument("--equal", choices=["calls", "time", "steps"], default="calls", help="what all "
-                   "objectives of --compare get alike: calls of the network (default), time, steps")
-    p.add_argument("--seeds", type=COUNT, default=2, metavar="N",
-                   help="runs of each in --compare (default: 2)")
-    p.add_argument("--dry-run", action="store_true", help="print every option, as given or by "
-                   "default, and the memory it takes, and exit")
-    for name, (kind, default, text) in OPTIONS.items():
-        shown = default if not isinstance(default, tuple) else ", ".join(
-            f"{k} {v}" for k, v in zip(KINDS, default))
-        if kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(kind, list):
-            how = dict(choices=kind)
-        else:
-            word = {"float": "X", "str": "FOLDER"}.get(kind.__name__, "N")
-            how = dict(type=kind, metavar=WORDS.get(name, word))
-        group = p.add_argument_group(GROUPS[name]) if name in GROUPS else group
-        group.add_argument(f"--{name}", help=f"{text} (default: {str(shown).lower()})", **how)
-    return p
+def word(name):
+    """An option's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
-def resolve(given, data):
-    """The options of a new run: what was given, else the default for this kind of data."""
-    kind = 0 if data.name == "digits" else 1 if data.x.ndim == 2 else 2
-    options = {}
-    for name, (_, default, _) in OPTIONS.items():
-        default = default[kind] if isinstance(default, tuple) else default
-        options[name] = default if given[name] is None else given[name]
-    options["device"] = runs.pick_device(options["device"])
-    count = len(data.x) - (len(data.x) // options["holdout"] if options["holdout"] else 0)
-    options["ref-batch"] = max(min(options["ref-batch"], count), options["batch"])
-    if options["amp"] == "auto":
-        bf16 = options["device"].startswith("cuda") and torch.cuda.is_bf16_supported()
-        options["amp"] = "bf16" if bf16 else "none"
-    options["shape"] = list(data.x.shape[1:])
-    options["classes"] = data.classes if options["cond"] else []
-    options["fingerprint"] = data.fingerprint
-    strange = [f"--{name} belongs to --loss {' and '.join(losses)}"
-               for name, losses in BELONGS.items()
-               if given[name] is not None and options["loss"] not in losses]
-    taylor, atoms = "taylor" in options["loss"], options["control"] == "atoms"
-    head = options["head"] != "none"
+def check(options):
+    """BadInput where an option has a value of another type, or none that it may have."""
+    for name, field in CHOSEN.items():
+        value = getattr(options, name)
+        if value is None and field.default is None:
+            continue
+        kinds = (int, float) if field.type is float else (tuple, list) if field.type is tuple else \
+            (field.type,)
+        values = value if field.type is tuple else [value]
+        if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool) or (
+                field.type is tuple and not all(isinstance(v, int) for v in value or [""])):
+            raise BadInput(f"{word(name)} is {value!r}, not of type {field.type.__name__}")
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+        if choices and value not in choices:
+            raise BadInput(f"{word(name)} {value} is none of {', '.join(choices)}")
+        if low is not None and not all(low <= v <= (high or math.inf) for v in values):
+            raise BadInput(f"{word(name)} {value} is not " + (
+                f"within [{low}, {high}]" if high else f"at least {low}"))
+
+
+def resolve(options, data):
+    """The options of a new run on this data: no None is left where KINDS has a default.
+
+    BadInput where options contradict each other, or where one would have no effect.
+    """
+    options, points = dataclasses.replace(options), data.x.ndim == 2
+    options.device = evaluate.pick_device(options.device)
+    kind = "digits" if data.name == "digits" else "points" if points else "images"
+    if kind == "images" and options.device == "cpu":
+        kind = "images without a GPU"
+    given = [name for name, field in CHOSEN.items() if getattr(options, name) != field.default]
+    for name, value in KINDS[kind].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    unused = [f"{word(name)} belongs to --{other} {value}"
+              for name, (other, value) in BELONGS.items()
+              if name in given and getattr(options, other) != value]
+    network = [word(name) for name in ("mult", "attend", "dropout", "label_dropout")
+               if name in given]
+    options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
+                            options.batch)
+    if options.amp == "auto":
+        bf16 = options.device.startswith("cuda") and torch.cuda.is_bf16_supported(
+            including_emulation=False)
+        options.amp = "bf16" if bf16 else "none"
+    options.shape = tuple(data.x.shape[1:])
+    options.classes = tuple(data.classes) if options.cond else ()
+    options.counts = tuple(np.bincount(data.labels).tolist()) if options.cond and data.classes \
+        else ()
+    options.fingerprint = data.fingerprint
+    levels = len(options.mult or UNETS.get(options.arch, {}).get("mult", ()))
+    sizes = [options.shape[-1] >> level for level in range(levels)]
+    attempt(f"--sample-steps {options.sample_steps}", "choose fewer",
+            evaluate.build_schedule(options).time_steps, options.sample_steps)
     for bad, sentence in [
-        (strange, "; ".join(strange)),
-        (taylor and options["target"] == "x0", "--target x0: the network's target holds no noise "
-         "that a Taylor control could take out"),
-        (taylor and atoms and options["order"], "--control atoms has order 0 only: its noises are "
-         "not Gaussian, and the higher orders' means not known"),
-        (taylor and atoms and options["augment"], "--control atoms would have to augment every "
-         "reference; --control switch need not"),
-        (given["switch-sigma"] is not None and atoms, "--switch-sigma belongs to --control switch"),
-        (given["atoms"] is not None and not atoms, "--atoms belongs to --control atoms"),
-        (given["trace"] is not None and not options["order"], "--trace belongs to --order 1 or 2"),
-        (options["schedule"] != "edm" and (given["P-mean"], given["P-std"]) != (None, None),
-         "--P-mean and --P-std belong to --schedule edm"),
-        (head and options["init"] and given["loss"], "--loss: with --init the head learns alone; "
-         "leave it out"),
-        (options["loss"] == "sa" and options["K"] > 1000, "--K: the ladder has 1000 levels"),
-        (head and options["dropout"] and not options["init"], "--head: dropout would add its own "
-         "variance to the noise's; train the head afterwards, with --init RUN"),
-        (head and options["loss"] == "sa", "--head is trained at one noise level at a time; choose "
-         "another --loss than sa"),
-        (options["batch"] < ranks()[1], f"--batch is less than the {ranks()[1]} ranks"),
-        (options["augment"] and kind == 1, "--augment: its transforms are for images"),
-        (options["cond"] and data.labels is None, f"--cond: {data.name} has no labels"),
-        ((options["arch"] == "mlp") != (kind == 1), "--arch mlp is for points, and only that is; "
-         f"{data.name} has shape {tuple(options['shape'])}"),
-        (options["xflip"] and kind == 1, "--xflip: points cannot be mirrored"),
-        (options["label-dropout"] and not options["cond"], "--label-dropout needs --cond"),
+        (unused, "; ".join(unused)),
+        (options.arch == "mlp" and network, f"{' and '.join(network)}: the mlp has none; leave it "
+         "out"),
+        ((options.arch == "mlp") != points, "--arch mlp is for points, and only that is; "
+         f"{data.name} has shape {options.shape}"),
+        (options.attend and not points and not set(options.attend) <= set(sizes),
+         f"--attend: the sizes in this network are {sizes}"),
+        (options.width and options.width % 2, "--width is not even; choose an even number"),
+        (options.augment and points, "--augment: its transforms are for images"),
+        (options.xflip and points, "--xflip: points cannot be mirrored"),
+        (options.cond and data.labels is None, f"--cond: {data.name} has no labels"),
+        (options.label_dropout and not options.cond, "--label-dropout needs --cond"),
+        (options.loss == "taylor" and options.precondition == "x0", "--precondition x0: the "
+         "network's target holds no noise that a Taylor control could take out"),
+        (options.compile and options.order, "--compile: torch.compile has no second derivatives, "
+         "which --order 1 and 2 need"),
+        (options.head != "none" and not options.init, "--head needs --init RUN, the run whose "
+         "network gets it"),
+        (options.head != "none" and options.loss != "stf", "--loss: the head has a loss of its "
+         "own; leave it out"),
+        (options.holdout == 1, "--holdout 1 would leave nothing to train on"),
     ]:
         if bad:
             raise BadInput(sentence)
     return options
 
 
-def inherit(given, stored):
-    """What --init RUN fixes: network, noise levels; and its data, unless others are given."""
-    fixed = ["cond", "schedule", "target", "arch", "width", "mult", "blocks", "augment"]
-    fixed += ["P-mean", "P-std"] if stored["schedule"] == "edm" else []
-    differ = [f"--{name} {given[name]} (was {stored[name]})" for name in fixed
-              if given[name] not in (None, stored[name])]
+def resumed(folder, given):
+    """The options of a run that goes on: those it was started with, and what may change."""
+    path = Path(folder, "options.json")
+    if not folder:
+        raise BadInput("--resume has an empty name; give the folder of a run, or nothing")
+    if not path.is_file():
+        raise BadInput(f"{folder} " + ("has no options.json" if path.parent.is_dir() else
+                                       "does not exist") + "; name a folder that train.py made")
+    options = attempt(path, "mend it, or name another folder", read_options, path)
+    differ = [f"{word(name)} {value} (was {getattr(options, name)})"
+              for name, value in given.items()
+              if value != getattr(options, name) and name not in MAY_CHANGE]
     if differ:
-        raise BadInput(f"--init {given['init']}: cannot change {', '.join(differ)}")
-    return given | {name: stored[name] for name in fixed} | {
-        name: stored[name] for name in ("data", "data-dir", "size") if given[name] is None}
+        raise BadInput(f"--resume {folder}: cannot change {', '.join(differ)}; start a new run")
+    options = dataclasses.replace(options, **{name: given[name] for name in MAY_CHANGE
+                                              if name in given})
+    options.device = evaluate.pick_device(options.device)
+    return options
 
 
-def resume(given, stored, data, run):
-    """The options of the run that goes on; what was given may differ from them in little."""
-    differ = [f"--{name} {given[name]} (was {stored[name]})" for name in OPTIONS
-              if given[name] not in (None, stored[name]) and name not in MAY_CHANGE]
-    if differ:
-        raise BadInput(f"--resume {run}: cannot change {', '.join(differ)}; start a new run")
-    if [data.fingerprint, [*data.x.shape[1:]], data.classes if stored["cond"] else []] != [
-            stored[name] for name in ("fingerprint", "shape", "classes")]:
-        raise BadInput(f"--resume {run}: the run was trained on other data than {data.source}; "
-                       "give it back what it had, or start a new run")
-    options = stored | {name: given[name] for name in MAY_CHANGE if given[name] is not None}
-    return options | {"device": runs.pick_device(options["device"])}
+def read_options(path):
+    """Options from an options.json."""
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
+    options = Options(**stored | lists)
+    check(options)
+    return options
 
 
-# ---- Training ------------------------------------------------------------------------------------
+def inherit(options):
+    """--init's run fixes the network and its noise levels."""
+    stored = evaluate.load_checkpoint(options.init)["options"]
+    options = dataclasses.replace(options)
+    for name in ("cond", "schedule", "precondition", "arch", "width", "mult", "blocks", "attend",
+                 "augment", "P_mean", "P_std"):
+        value = getattr(options, name)
+        if value not in (CHOSEN[name].default, stored[name]):
+            raise BadInput(f"--init {options.init}: cannot change {word(name)} {value} "
+                           f"(was {stored[name]})")
+        belongs = BELONGS.get(name, ("schedule", stored["schedule"]))[1] == stored["schedule"]
+        setattr(options, name, stored[name] if belongs else None)
+    return options
 
-def train(options, data, run, state, denoiser, emas, real):
-    """Steps state["step"] ... options["steps"]; log, grids, checkpoints go to the run's folder.
 
-    True when they are done; False when a signal ended it early, after a checkpoint.
+# ---- The batch of a step -------------------------------------------------------------------------
+
+@dataclass
+class Batch:
+    """What a step draws.  B samples; STF's n references; SA's K noise levels."""
+    x0: torch.Tensor                 # (B, ...) clean, images in [-1, 1], augmented if asked for
+    noise: torch.Tensor              # (B, ...); SA: (K, B, ...)
+    sigma: torch.Tensor              # (B, 1, ..., 1); SA: (K, B, 1, ..., 1)
+    labels: torch.Tensor = None      # (B,) int64 on the CPU: classes
+    a: torch.Tensor = None           # (B, 8) on the CPU: parameters of the augmentation
+    reference: torch.Tensor = None   # STF: (n, ...), uint8 if images, the B sources among them
+    reference_labels: torch.Tensor = None      # STF: (n,) int64 on the CPU
+    tau: torch.Tensor = None         # SA: (K, B, 1, ..., 1)
+    probe: torch.Tensor = None       # Taylor: (B, ...) random signs
+
+    def rows(self, rows):
+        """The batch of these samples alone, a slice, with the same reference."""
+        part = {}
+        for name in ("x0", "noise", "sigma", "labels", "a", "tau", "probe"):
+            value = getattr(self, name)
+            if value is not None:
+                part[name] = value[:, rows] if value.ndim > self.x0.ndim else value[rows]
+        return dataclasses.replace(self, **part)
+
+
+def generator(seed, step, stream, device="cpu"):
+    """A generator that is a function of its arguments, with an even seed; samples have odd ones.
+
+    torch's CPU generator keeps 32 bits of its seed: (seed << 32) + step would forget the seed.
     """
-    device, schedule = options["device"], runs.build_schedule(options)
-    pixels, labels = runs.on_device(data, device)
-    frozen = options["head"] != "none" and options["init"]
-    learned = denoiser.requires_grad_(False).model.head.requires_grad_() if frozen else denoiser
-    parameters, tools = list(learned.parameters()), build_tools(pixels, labels, options)
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, options["beta2"]), fused=True,
-                                  weight_decay=options["weight-decay"])
-    scaler = torch.amp.GradScaler(device, enabled=options["amp"] == "fp16")
-    if state["optimizer"] is not None:
-        runs.load_optimizer(optimizer, scaler, state, run)
-    if tools["beta"] and state["beta"] is not None:
-        tools["beta"].sums = state["beta"]
-    held, best = runs.held_out(data, options), state["best"]
-    log, done = Log(run, options, state["step"], state["skipped"]), True
+    number = (seed * 0x9E3779B1 + 8 * step + stream) % 2 ** 31
+    return torch.Generator(device).manual_seed(2 * number)
+
+
+def training_count(N, holdout):
+    """The number of rows to train on, of N."""
+    return N - N // holdout if holdout else N
+
+
+def training_rows(index, holdout):
+    """The rows of the data with these indices among the rows to train on: all but every k-th."""
+    return index + index // (holdout - 1) if holdout else index
+
+
+def distinct(n, N, g):
+    """n different numbers below N, in random order; with repetitions where n > N.
+
+    The first of them do not depend on n.  For large N numbers are drawn until n of them differ: it
+    takes O(n) time, where a permutation takes O(N).
+    """
+    if n > N:
+        return torch.randint(N, (n,), generator=g)
+    if N < 100_000:
+        return torch.randperm(N, generator=g)[:n]
+    drawn = first = np.empty(0, np.int64)
+    while len(first) < n:
+        drawn = np.append(drawn, torch.randint(N, (2 * n,), generator=g).numpy())
+        first = np.sort(np.unique(drawn, return_index=True)[1])     # where each number comes first
+    return torch.from_numpy(drawn[first[:n]])
+
+
+def draw_batch(pixels, labels, options, schedule, step):
+    """The Batch of a step, from the data's rows (N, ...) and labels (N,), or None.
+
+    The references are different rows, but where the batch is larger than the data.  Each of them is
+    as likely as any other to be a source: that keeps STF unbiased.
+    """
+    B, K, device, stf = options.batch, options.K, options.device, options.loss == "stf"
+    n = options.ref_batch if stf else B
+    N = training_count(len(pixels), options.holdout)
+    rows = distinct(n, N, generator(options.seed, step, 0))
+    rows, g = training_rows(rows, options.holdout), generator(options.seed, step, 4)      # (n,)
+    u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
+    flip = torch.rand(n, generator=g) < 0.5 if options.xflip else None
+    sigma = schedule.training_sigma(u)                                            # (B,)
+
+    whole = n == N == len(pixels) and flip is None
+    if whole:                                    # the whole set: as it lies, without a copy
+        reference = pixels.to(device, non_blocking=True)
+    elif stf:
+        reference = gather(pixels, rows, flip, device)                            # (n, ...)
+    sources = gather(pixels, rows[:B], None if flip is None else flip[:B], device)
+    batch = Batch(evaluate.to_float(sources), None, None)
+    if options.cond:
+        batch.labels = labels[rows[:B]]
+    if stf:
+        batch.reference = reference
+        if options.cond:
+            batch.reference_labels = labels if whole else labels[rows]
+    if options.augment:
+        batch.a = draw_augmentation(B, options.augment, generator(options.seed, step, 2))
+        batch.x0 = augment(batch.x0, batch.a)
+
+    shape = batch.x0.shape
+    if options.loss == "sa":
+        ladder = ladder_of(schedule)                                              # (T,)
+        t = torch.searchsorted(ladder, sigma).clamp(max=len(ladder) - 1) + 1      # (B,)
+        levels = t - torch.arange(K)[:, None]                                     # (K, B)
+        sigma, shape = ladder[levels.clamp(min=1) - 1], (K, *shape)
+        batch.tau = on(device, sa_tau(ladder, t, K, options.tau), batch.x0)
+    batch.sigma = on(device, sigma, batch.x0)                     # (B, 1, ..), SA: (K, B, 1, ..)
+    g = generator(options.seed, step, 1, device)
+    batch.noise = torch.randn(shape, generator=g, device=device)
+    if options.loss == "taylor":
+        batch.probe = torch.randn(shape, generator=g, device=device).sign()
+    if options.loss == "sa" and options.level_noise == "path":
+        batch.noise = path_noise(batch.noise, batch.sigma)
+    return batch
+
+
+def on(device, values, x):
+    """values (.., B) -> (.., B, 1, ..., 1) for x (B, ...), of x's type, on the device."""
+    values = values.to(x.dtype).to(device, non_blocking=True)
+    return values.view(*values.shape, *[1] * (x.ndim - 1))
+
+
+def gather(pixels, rows, flip, device):
+    """Rows (n, ...) of the data on the device, uint8 images mirrored where flip (n,)."""
+    x = pixels[rows.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
+    if flip is None:
+        return x
+    return torch.where(flip.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+
+
+def ladder_of(schedule):
+    """sigma_1 < ... < sigma_T: a ladder's levels, or 1000 time steps of a continuous schedule."""
+    if hasattr(schedule, "levels"):
+        return schedule.levels
+    return schedule.sigma(schedule.time_steps(1000)[:-1]).flip(0)
+
+
+# ---- The objective -------------------------------------------------------------------------------
+
+def objective(options, denoiser, batch, weight, precondition, beta):
+    """The loss of each sample, (B,), by --loss.
+
+    weight: sigma -> lambda; precondition: the denoiser's; beta: a RunningBeta, for taylor.
+    """
+    denoise, x0, noise, sigma = bind(denoiser, batch), batch.x0, batch.noise, batch.sigma
+    if options.head != "none":
+        return head_loss(partial(denoise, head=True), x0, noise, sigma, options.head)
+    if options.loss == "dsm":
+        return dsm_loss(denoise, x0, noise, sigma, weight)
+    if options.loss == "antithetic":
+        return antithetic_loss(denoise, x0, noise, sigma, weight)
+    if options.loss == "stf":
+        return stf_loss(denoise, x0, noise, sigma, weight, partial(stable_target, batch))
+    if options.loss == "sa":
+        lam = {1: 0.0, 2: 1.0, 3: 0.3}.get(options.K, 0.2) if options.lam is None else options.lam
+        return sa_loss(denoise, x0, noise, sigma, weight, batch.tau, lam)
+    loss, control = controlled(options, denoise, batch, weight, precondition)     # taylor
+    return loss - beta(sigma).flatten() * control
+
+
+def bind(denoiser, batch):
+    """denoise(x, sigma) for the batch's classes and augmentation."""
+    labels, a, device = batch.labels, batch.a, batch.x0.device
+    if labels is not None:
+        labels = labels.to(device, non_blocking=True)
+    if a is not None:
+        a = augment_labels(a).to(device, non_blocking=True)
+    return partial(denoiser, labels=labels, augment_labels=a)
+
+
+def stable_target(batch, x, sigma):
+    """STF's target of x, given the batch's reference, classes and augmentation."""
+    labels, reference_labels = batch.labels, batch.reference_labels
+    if batch.a is not None:
+        return augmented_stf_target(x, sigma, batch.reference, batch.a, labels, reference_labels)
+    if labels is not None:
+        labels = labels.to(x.device, non_blocking=True)
+        reference_labels = reference_labels.to(x.device, non_blocking=True)
+    return stf_target(x, sigma, batch.reference, labels, reference_labels)
+
+
+def controlled(options, denoise, batch, weight, precondition):
+    """dsm_loss and its Taylor control, (B,) each; the trace is exact in up to 8 dimensions."""
+    def c_skip(sigma):
+        return precondition(sigma)[0]
+
+    given = denoise, batch.x0, batch.noise, batch.sigma, weight, c_skip, options.order
+    if options.order == 0:
+        return taylor_terms(*given)
+    probe = batch.probe if batch.x0[0].numel() > 8 else None
+    with sdpa_kernel(SDPBackend.MATH):           # the only attention with second derivatives
+        return taylor_terms(*given, probe)
+
+
+def update_beta(options, denoiser, batch, weight, beta, step):
+    """The control's coefficient for later steps, from the last layer's gradients of 16 samples."""
+    m, device = min(16, options.batch), options.device
+    small, g = batch.rows(slice(m)), generator(options.seed, step, 3, device)
+    torch.manual_seed(g.initial_seed())                  # dropout: the same mask on every rank
+    u = torch.rand(small.sigma.shape, generator=g, device=device)
+    u = (torch.arange(m, device=device).view_as(u) + u) / m
+    small.sigma = 0.002 * 500 ** u                                                # .002 to 1
+    small.noise = torch.randn(small.x0.shape, generator=g, device=device)
+    loss, control = controlled(options, bind(denoiser, small), small, weight,
+                               denoiser.precondition)
+    beta.update(small.sigma, loss, control, list(denoiser.parameters())[-2:])
+
+
+def learning_rate(options, step):
+    """Linear warm-up over `warmup` steps; linear fall to 0 over the last share `decay` of all."""
+    rise = min(1, (step + 1) / max(options.warmup, 1))
+    left = (options.steps - step) / max(options.decay * options.steps, 1)
+    return options.lr * rise * min(1, left)
+
+
+def ema_beta(half_life, options, step):
+    """beta in average <- beta average + (1 - beta) weights, after `step` steps   (EDM's code).
+
+        beta = 1/2^(batch/h),    h = min(half_life, ema_rampup images seen)
+    """
+    h = min(half_life, options.ema_rampup * step * options.batch)
+    return 0.5 ** (options.batch / max(h, 1e-8))
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+def run(options, folder=None, brief=False):
+    """Trains, and returns the run's folder.
+
+    folder: that of a run that goes on; None: a new one.  brief: without report and pictures.
+    """
+    rank, world = ranks()
+    again = folder is not None
+    agree(partial(check, options))
+    data = load_in_turn(options)
+    if again and data.fingerprint != options.fingerprint:
+        raise BadInput(f"--resume {folder}: the run was trained on other data than {data.source}; "
+                       "give it back what it had, or start a new run")
+    if not again:
+        options = agree(partial(resolve, inherit(options) if options.init else options, data))
+    agree(partial(enough, options, world))
+    device, schedule = options.device, evaluate.build_schedule(options)
+
+    # The network, its averages, the optimizer; and their state, where a run goes on.
+    torch.manual_seed(options.seed)
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp)
+    denoiser = agree(partial(evaluate.build_denoiser, options, amp))
+    denoiser = denoiser.to(device, memory_format=memory_format(device))
+    emas = {str(length): copy.deepcopy(denoiser).requires_grad_(False) for length in options.ema}
+    ema = emas[str(options.ema[0])]                       # the average that samples use
+    if options.head != "none":
+        denoiser.requires_grad_(False).model.head.requires_grad_()
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2),
+                                  weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=options.amp == "fp16")
+    beta = RunningBeta(device=device) if options.loss == "taylor" else None
+    first, skipped, best = agree(partial(load_state, options, folder, denoiser, emas, optimizer,
+                                         scaler, beta))
+    if options.fid_every:
+        features = evaluate.extractor(options.fid_features, options.shape, options.data_dir, device)
+        name = evaluate.distance_name(features[0], options.fid_num)
+        real = evaluate.real_statistics(data, options.fid_num, features)
+    folder = folder or from_first(partial(new_folder, options, data))
+    lock = agree(partial(hold, folder))
+    if rank == 0:
+        write_json(f"{folder}/options.json", dataclasses.asdict(options))
+    describe(options, data, denoiser, folder, first)
+
+    # What a step needs.
+    net = denoiser                                        # what the objective calls: same weights
+    if options.compile:                                   # for training alone: one graph, one mode
+        net = Denoiser(torch.compile(denoiser.model), denoiser.precondition, amp)
+    if world > 1:
+        net = DistributedDataParallel(net)
+    weight, held = evaluate.build_weight(options), evaluate.held_out(data, options)
+    pixels, labels = on_device(data, device)
+    share = range(options.batch * rank // world, options.batch * (rank + 1) // world)
+    size = options.micro_batch or len(share)
+    parts = [slice(i, min(i + size, share.stop)) for i in share[::size]]
+    log, start, done = Log(folder, options, first, skipped), time.time(), first == options.steps
 
     with Signals() as signals:
-        for step in range(state["step"], options["steps"]):
-            denoiser.train(not frozen)
+        for step in range(first, options.steps):
+            # The gradient of the batch's mean loss, from this rank's share of the rows.
+            denoiser.train(options.head == "none")
             batch = draw_batch(pixels, labels, options, schedule, step)
-            loss = backward(options, denoiser, batch, tools, scaler, step)        # (B,)
-            norm = update(options, optimizer, scaler, parameters, step, loss)
-            for length, ema in emas.items():
-                beta = ema_beta(float(length), step + 1, options["batch"], options["ema-rampup"])
-                update_ema(ema, denoiser, beta)
-            if tools["beta"] and step % 25 == 0:
-                update_beta(options, denoiser, batch, tools, step)
-            log.step(step + 1, loss, norm, batch["sigma"])
+            losses = torch.zeros(options.batch, device=device)
+            for rows in parts:
+                torch.manual_seed(generator(options.seed + rows.start, step, 3).initial_seed())
+                with net.no_sync() if world > 1 and rows != parts[-1] else contextlib.nullcontext():
+                    loss = objective(options, net, batch.rows(rows), weight, denoiser.precondition,
+                                     beta)
+                    mean = loss.sum() / options.batch
+                    scaler.scale(mean * world).backward()       # DDP divides by the ranks
+                losses[rows] = loss.detach()
+            losses = total(losses)                                                # (B,)
 
-            done, stop = step + 1 == options["steps"], signals.asked()
-            due = lambda name: options[name] and (done or (step + 1) % options[name] == 0)
-            if done or stop or due("eval-every") or due("fid-every") or due("checkpoint-every"):
+            # The update; none where loss or gradient is not finite.  The optimizer reads
+            # found_inf on the device, so that the host does not wait; fp16's scaler has its own.
+            optimizer.param_groups[0]["lr"] = learning_rate(options, step)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+            optimizer.found_inf = (~(norm.isfinite() & losses.isfinite().all())).float()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            for length, average in emas.items():
+                share_new = 1 - ema_beta(float(length), options, step + 1)
+                torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()),
+                                     share_new)
+            if beta and step % 25 == 0:
+                update_beta(options, denoiser, batch, weight, beta, step)
+            log.step(step + 1, losses, norm, batch.sigma)
+
+            # What is watched and kept.
+            done = step + 1 == options.steps
+            stop, tell = highest(signals.got, log.due(step + 1))
+            if tell:
                 log.flush()
-            if due("eval-every"):
-                log.write(step + 1, **held_out_error(denoiser, emas, held))
+
+            def due(every):
+                return every and (done or (step + 1) % every == 0)
             improved = False
-            if due("fid-every"):
-                name, distance, floor = evaluate.run_distance(ema_of(emas), options, *real)
-                log.write(step + 1, **{name: distance}, floor=None if math.isnan(floor) else floor)
+            if due(options.eval_every):
+                log.write(step + 1, levels=evaluate.LEVELS, held_out=dict(
+                    raw=evaluate.denoising_error(denoiser.eval(), *held),
+                    ema=evaluate.denoising_error(ema.eval(), *held)))
+            if due(options.fid_every):
+                distance = evaluate.run_distance(ema.eval(), options, options.fid_num, features,
+                                                 real, steps=options.sample_steps)
                 improved, best = distance < best, min(best, distance)
-            if done or stop or improved or due("checkpoint-every"):
-                save(run, options, dict(
-                    step=step + 1, options=options, model=denoiser.state_dict(),
-                    ema={name: ema.state_dict() for name, ema in emas.items()},
+            if done or stop or improved or due(options.checkpoint_every):
+                log.flush()                                     # before log.skipped is stored
+                agree(partial(save, folder, options, improved, dict(
+                    step=step + 1, options=dataclasses.asdict(options), model=denoiser.state_dict(),
+                    ema={length: average.state_dict() for length, average in emas.items()},
                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best,
-                    beta=tools["beta"].sums if tools["beta"] else None, skipped=log.skipped),
-                    improved)
-            if due("sample-every") and not done and ranks()[0] == 0:
-                save_samples(run, step + 1, denoiser, ema_of(emas), options, data)
+                    beta=beta.sums if beta else None, skipped=log.skipped)))
+            if due(options.fid_every):
+                log.write(step + 1, **{name: distance}, floor=real["floor"])
+            if due(options.sample_every) and not done and rank == 0:
+                save_samples(folder, step + 1, denoiser, ema, options, data)
             if stop:
                 break
-    log.close()
-    return done
+    log.flush()
+    if done and not brief:
+        report(folder, options, data, denoiser, ema, log, time.time() - start)
+    total(torch.zeros(1))                                 # no rank leaves before the report is done
+    lock.close()
+    if not done:
+        print(f"stopped by a signal; to go on: python train.py --resume {folder}")
+        sys.exit(128 + stop)
+    return folder
 
 
-def held_out_error(denoiser, emas, held):
-    """What a log line says of it: E|D - x0|^2/d at each noise level, raw and averaged weights."""
-    error = {name: evaluate.denoising_error(model.eval(), *held)
-             for name, model in [("raw", denoiser), ("ema", ema_of(emas))]}
-    return dict(levels=evaluate.LEVELS, held_out=error)
+def enough(options, world):
+    """BadInput where a rank would have nothing to do."""
+    if min(options.batch, options.fid_num) < world:
+        raise BadInput(f"--batch and --fid-num must be at least the number of ranks, {world}")
 
 
-def ema_of(emas):
-    """The first of the averages, which samples and distances are of."""
-    return next(iter(emas.values()))
+def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
+    """Loads a run's newest checkpoint, or --init's weights, into these; (step, skipped, best)."""
+    if folder and evaluate.checkpoints(folder):
+        state = evaluate.load_checkpoint(folder)            # on the CPU: a GPU holds weights once
+        evaluate.load_weights(denoiser, state["model"], folder)
+        for length, average in emas.items():
+            evaluate.load_weights(average, state["ema"].get(length), folder)
+        attempt(f"the optimizer's state of {folder}", "move its newest checkpoint away",
+                load_optimizer, optimizer, scaler, state)
+        if beta:
+            beta.sums = state["beta"].to(options.device)
+        reported = os.path.exists(f"{folder}/samples-{options.steps:07d}.png")
+        if state["step"] > options.steps or (state["step"] == options.steps and reported):
+            raise BadInput(f"{folder} has its {state['step']} steps; give --steps a larger number")
+        return state["step"], state["skipped"], state["best"]
+    if options.init:
+        weights = evaluate.load_run(options.init, options.device)[0].state_dict()
+        for network in (denoiser, *emas.values()):       # a head keeps its own fresh weights
+            evaluate.load_weights(network, network.state_dict() | weights, options.init)
+    return 0, [0, 0], math.inf
 
 
-def save(run, options, state, improved):
-    """The checkpoint of this step, as the best one, too, if it improved; drops old ones."""
+def load_optimizer(optimizer, scaler, state):
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    for p, own in optimizer.state.items():       # its kernels would read beyond a small tensor
+        if any(value.ndim and value.shape != p.shape for value in own.values()):
+            raise ValueError("it is of another network")
+
+
+def load_in_turn(options):
+    """The data.  The first rank of each machine downloads and decodes it, then the others read."""
+    data, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
+    load = partial(evaluate.load_data, options.data, options.size, options.data_dir)
+    for turn in (True, False):
+        data = agree(load if first == turn else lambda: data)
+    return data
+
+
+def on_device(data, device):
+    """Rows and labels as tensors; the rows on a GPU, if a quarter of its free memory has room."""
+    pixels, labels = torch.from_numpy(np.asarray(data.x)), data.labels
+    if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        pixels = pixels.to(device)
+    return pixels, None if labels is None else torch.from_numpy(labels)
+
+
+def memory_format(device):
+    """The order of images in memory: CPU's convolutions are faster with channels last.  On a GPU
+    GroupNorm gives channels first, so that each convolution would have to reorder its input."""
+    return torch.channels_last if device == "cpu" else torch.contiguous_format
+
+
+# ---- A run's folder ------------------------------------------------------------------------------
+
+def new_folder(options, data):
+    """Makes the folder of a new run: --out, or the next free runs/NUMBER-DATA-LOSS-SCHEDULE."""
+    loss = options.loss if options.head == "none" else f"head-{options.head}"
+    if options.out is not None:
+        # A start that failed before its first checkpoint does not block the next one.
+        left = os.listdir(options.out) if os.path.isdir(options.out) else []
+        if any(not name.endswith((".part", "options.json", "log.jsonl")) for name in left):
+            raise BadInput(f"{options.out} is not empty; choose another --out, or go on with "
+                           f"--resume {options.out}")
+        attempt(options.out, "choose another --out", os.makedirs, options.out, exist_ok=True)
+        return options.out
+    os.makedirs("runs", exist_ok=True)
+    number = max([int(name[:3]) for name in os.listdir("runs") if name[:3].isdigit()], default=-1)
+    while True:                                  # two starts at once get two folders
+        number += 1
+        out = f"runs/{number:03d}-{data.name}-{loss}-{options.schedule}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(out)
+            return out
+
+
+def hold(folder):
+    """Locks a run's folder until the file returned is closed or its process ends."""
+    file = open(f"{folder}/.lock.part", "a")
+    if ranks()[0] == 0 and sys.platform != "win32":
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{folder} is being trained by another process") from None
+    return file
+
+
+def newest_run():
+    """The folder under runs/ that was started last."""
+    found = list(Path("runs").glob("*/options.json"))
+    if not found:
+        raise BadInput("there is no run under runs/ to resume; start one, or name its folder")
+    return str(max(found, key=os.path.getmtime).parent)
+
+
+def write_json(path, value):
+    evaluate.whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def save(folder, options, improved, state):
+    """The checkpoint of this step, as best.pt, too, if it improved; drops old ones."""
     if ranks()[0] == 0:
-        runs.save_checkpoint(f"{run}/checkpoint-{state['step']:07d}.pt", state)
+        evaluate.whole(f"{folder}/checkpoint-{state['step']:07d}.pt", partial(torch.save, state))
         if improved:
-            runs.save_checkpoint(f"{run}/best.pt", state)
-        for old in runs.checkpoints(run)[:-options["keep"]]:
+            evaluate.whole(f"{folder}/best.pt", partial(torch.save, state))
+        for old in evaluate.checkpoints(folder)[:-options.keep]:
             os.remove(old)
+
+
+def save_samples(folder, step, denoiser, ema, options, data):
+    """A picture of the same samples from the raw and from the averaged weights; and of the data,
+    where these are points."""
+    points = data.x.ndim == 2
+    count = 4000 if points else 8 * len(options.classes[:10]) or 64
+    labels, names = evaluate.class_grid(options, count)
+    panels = [("data", data.x[:count])] if points else []
+    for name, model in [("raw weights", denoiser), ("averaged weights (EMA)", ema)]:
+        x = evaluate.generate(model.eval(), options, range(count), "heun", options.sample_steps,
+                              labels, batch=count if points else 64)
+        panels.append((f"step {step}, {name}", evaluate.to_uint8(x)))
+    evaluate.save_pictures(os.path.join(folder, f"samples-{step:07d}.png"), panels, names)
+
+
+class Log:
+    """log.jsonl, a line for each step, and the status line.
+
+    Losses wait on the device until a status line is due, for reading them out makes the host wait.
+    Every rank reads the same numbers after the same steps, and stops after ten steps in a row that
+    had to be skipped.
+    skipped: how many steps were skipped, and how many of them in a row up to now.
+    """
+
+    def __init__(self, folder, options, step, skipped):
+        self.options, self.waiting, self.skipped = options, [], list(skipped)
+        self.folder, self.mean, self.begin, self.warned = folder, None, step, False
+        self.path = f"{folder}/log.jsonl" if ranks()[0] == 0 else os.devnull
+        self.told = Progress("step", options.steps, begin=step)
+        self.start = self.last = time.time()
+        kept = attempt(self.path, "mend it, or move it away", self.lines_up_to, step)
+        with open(self.path, "w") as file:
+            file.writelines(kept)
+
+    def lines_up_to(self, step):
+        """The log's lines up to a checkpoint: a killed run may have logged more steps."""
+        lines = Path(self.path).read_text().splitlines() if os.path.isfile(self.path) else []
+        found = [(json.loads(line), line) for line in lines if line.endswith("}")]
+        return [line + "\n" for values, line in found
+                if values["step"] <= step and not ("report" in values and values["step"] == step)]
+
+    def step(self, step, losses, norm, sigma):
+        """losses (B,), norm (), sigma (B, 1, ..), SA's (K, B, 1, ..), all on the device."""
+        bad = ~losses.isfinite()
+        bad = bad | (~norm.isfinite() & ~bad.any())     # the gradient alone: any sample's
+        sigma = sigma.flatten()[:len(losses)]
+        low, high = torch.where(bad, sigma, torch.inf).min(), torch.where(bad, sigma, 0).max()
+        self.waiting.append((step, torch.stack([losses.mean(), norm, low, high])))
+
+    def due(self, step):
+        """Whether this rank would like to read out what waits, after this step."""
+        return time.time() - self.last > (1 if self.told.live else 15) or step == self.begin + 10
+
+    def flush(self):
+        """Reads out what waits, writes it, and tells where the run stands."""
+        if not self.waiting:
+            return
+        values = torch.stack([value for _, value in self.waiting]).tolist()
+        for (step, _), (loss, norm, low, high) in zip(self.waiting, values):
+            if high:
+                self.skipped = [self.skipped[0] + 1, self.skipped[1] + 1]
+                self.line(step=step, skipped=self.skipped[0], sigma=[low, high])
+            else:
+                self.skipped[1] = 0
+                self.line(step=step, loss=loss, grad_norm=norm)
+                self.mean = loss if self.mean is None else 0.98 * self.mean + 0.02 * loss
+            if self.skipped[1] == 10:
+                last = (evaluate.checkpoints(self.folder) or ["none"])[-1]
+                raise BadInput(f"ten steps in a row up to {step} had no finite loss or gradient, "
+                               f"at noise levels {low:.3g} to {high:.3g}; try a smaller --lr; the "
+                               f"last good checkpoint: {last}")
+        self.waiting, self.last = [], time.time()
+        pace = (self.last - self.start) / (step - self.begin)
+        days = pace * (self.options.steps - step) / 86_400
+        if days > 1 and not self.warned:
+            self.warned = True
+            print(f"warning   the run takes {days:.0f} more days at this rate; stop it with "
+                  "Ctrl-C, and choose fewer --steps, a smaller --arch or --width, or a GPU",
+                  flush=True)
+        self.told(step, f", loss {self.mean or math.nan:.4f}, {self.options.batch / pace:.0f} "
+                  "samples/s" + (f", {self.skipped[0]} skipped" if self.skipped[0] else ""))
+
+    def write(self, step, **values):
+        """A line of its own, after those of the steps that wait."""
+        self.flush()
+        self.line(step=step, **values)
+
+    def line(self, **values):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 class Signals:
     """Within it, the first SIGINT or SIGTERM asks for the end of the step, a second one stops."""
 
     def __enter__(self):
-        self.got = False
+        self.got = 0
         self.old = {s: signal.signal(s, self.take) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        for name, handler in self.old.items():
-            signal.signal(name, handler)
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
 
-    def take(self, name, frame):
+    def take(self, number, frame):
         if self.got:
             raise KeyboardInterrupt
-        self.got = True
-
-    def asked(self):
-        """Whether any rank got one: a word among the hosts, no wait for a GPU."""
-        return runs.total(torch.tensor(float(self.got))).item() > 0
+        self.got = number
 
 
-# ---- Comparison ----------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
-COMPARED, NFE = (0.1, 0.5, 2.0, 10.0), (11, 23, 47)            # noise levels, and calls by Heun
+def describe(options, data, denoiser, folder, first):
+    """What is going to be trained, on what, and what may be wrong with it, on the terminal."""
+    rank, world = ranks()
+    size, images = sum(p.numel() for p in denoiser.parameters()), options.steps * options.batch
+    many = f" x {world}" if world > 1 else ""
+    print(f"data      {data.source}\nnetwork   {options.arch}, {size / 1e6:.2f} M parameters\n"
+          f"loss      {options.loss}, schedule {options.schedule}, {options.steps} steps of "
+          f"{options.batch}, on {options.device}{many}\n"
+          f"run       {folder}" + (f", from step {first}" if first else ""), flush=True)
+    copies = dict(antithetic=2, sa=options.K, taylor=2).get(options.loss, 1)
+    at_once = min(options.micro_batch or options.batch, math.ceil(options.batch / world))
+    gib = copies * at_once * activation_bytes(denoiser, options) / 2 ** 30
+    print(f"memory    about {gib:.1f} GiB for the activations of {at_once} samples at a time "
+          "(--micro-batch)")
+    rows = torch.linspace(0, len(data.x) - 1, min(len(data.x), 4096)).long()
+    deviation = evaluate.take(data, rows)[0].std().item()
+    if not 0.1 < deviation < 2:
+        print(f"warning   the data's standard deviation is {deviation:.3g}, and the noise levels "
+              f"are made for 0.5: divide the data by {2 * deviation:.3g}, or set sigma_max in "
+              f"schedules.py to about {160 * deviation:.3g}")
+    if max(options.ema) > images:
+        print(f"warning   --ema {max(options.ema)} is longer than the {images} images of this run; "
+              f"--ema-rampup {options.ema_rampup} keeps the half-life below "
+              f"{options.ema_rampup * images:g}")
 
 
-def compare(given, names, equal, seeds):
-    """Trains each objective `seeds` times from the same weights, on the same data and noise; prints
-    their errors on held-out rows and frozen noise, and their distances to the data, as a table.
+def activation_bytes(denoiser, options):
+    """Bytes that a forward pass keeps for the backward pass, for one sample: an estimate.
 
-    All have as many calls of the network, as much time, or as many steps as the first.
+    A copy of the network without data ("meta") counts the tensors that autograd saves.
     """
-    data = load_data(*(given[name] or OPTIONS[name][1] for name in ("data", "data-dir", "size")))
-    plans = [(name, resolve(variant(name, given), data)) for name in names]       # all, before any
-    costs = [cost(options, data, equal) for _, options in plans]
-    folder, table, curves = runs.new_run(given["out"], f"{data.name}-compare"), [], []
-    real = evaluate.real_ones(plans[0][1], data)
-    for (name, options), price in zip(plans, costs):
-        steps, found = 5 * max(1, round(plans[0][1]["steps"] * costs[0] / price / 5)), []
-        for seed in range(seeds):
-            runs.status(f"{name}: {steps} steps, seed {seed}")
-            run = f"{folder}/{re.sub('[^a-z0-9-]+', '-', name)}-{seed}"
-            with contextlib.redirect_stdout(io.StringIO()):
-                run_training(variant(name, given) | {
-                    "out": run, "seed": seed, "steps": steps, "eval-every": steps // 5}, brief=True)
-            found.append(measured(run, data, real, options["device"]))
-        table.append((name, steps, torch.stack([values for values, _ in found])))
-        curves.append(torch.stack([curve for _, curve in found]).mean(0).tolist())
-    runs.status(None)
-    num, features, of_real = real
-    tell(folder, table, evaluate.distance_name(features[0], num), of_real["floor"])
-    columns = [f"share of {equal}", *(name.replace(":", " ") for name in names)]
-    rows = [[share, *values] for share, values in zip((0.2, 0.4, 0.6, 0.8, 1.0), zip(*curves))]
-    papers.show(argparse.Namespace(out=folder, command="curves"), columns, rows, [dict(
-        y=columns[1:], xscale="linear", ylabel="held-out error, geometric mean over levels")])
-    return 0
+    network, sizes = copy.deepcopy(denoiser).to("meta").train(), {}
+    network.amp, own = None, {p.untyped_storage()._cdata for p in network.parameters()}
+
+    def pack(x):
+        sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    def unpack(x):
+        return x
+    x = torch.empty(1, *options.shape, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        network(x, torch.ones(1, *[1] * len(options.shape), device="meta"))
+    half = 0.8 if options.amp in ("bf16", "fp16") else 1      # GroupNorm keeps float32
+    return half * sum(size for key, size in sizes.items() if key not in own)
 
 
-def variant(name, given):
-    """given, and what "LOSS:OPTION=VALUE:.." adds to it, as in stf:ref-batch=256."""
-    loss, *more = name.split(":")
-    for option in more:
-        if re.sub("^no-|=.*", "", option) not in OPTIONS.keys() - ALIKE:
-            raise BadInput(f"--compare {name}: --{option} is no option of one objective; leave it "
-                           "out, or give it to all, beside --compare")
-    own = vars(parser().parse_args([f"--loss={loss}", *(f"--{option}" for option in more)]))
-    own = {key.replace("_", "-"): value for key, value in own.items()}
-    return given | {key: own[key] for key in OPTIONS if own[key] is not None}
+def report(folder, options, data, denoiser, ema, log, seconds, count=128):
+    """What a person wants to know at the end: on the terminal, as pictures, and in the log.
+
+    Every rank draws its share of the samples for the distance; the first one tells.
+    """
+    count = min(count, len(data.x) // 2)
+    features = evaluate.extractor("pixels", options.shape)
+    real = evaluate.real_statistics(data, count, features, options.seed, 10_000)
+    distance = evaluate.run_distance(ema.eval(), options, count, features, real,
+                                     steps=options.sample_steps)
+    if ranks()[0] > 0:
+        return
+    table = evaluate.noise_table(ema, options, data)
+    print(f"\n{options.steps - log.begin} steps in {seconds / 60:.1f} minutes\n")
+    evaluate.print_levels(table, options)
+    space = "pixel space" if data.x.ndim == 4 else "the points' space"
+    print(f"\nFrechet distance to the data in {space}, smaller is better:\n"
+          f"{distance:10.4g}  {count} samples (averaged weights, Heun, "
+          f"{2 * options.sample_steps - 1} network calls each)\n"
+          f"{real['floor']:10.4g}  {count} real {'images' if data.x.ndim == 4 else 'points'}, the "
+          "floor\n")
+    log.write(options.steps, report=dict(frechet_pixels=distance, floor=real["floor"], count=count,
+                                         loss_by_sigma=table))
+    evaluate.draw_levels(f"{folder}/where-stf-acts.png", table, f"{folder}: where STF acts")
+    save_samples(folder, options.steps, denoiser, ema, options, data)
+    print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
+          f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
+          f"next        python evaluate.py sample {folder}")
 
 
-def measured(run, data, real, device):
-    """Of a finished run, averaged weights: its errors at COMPARED and distances at NFE, in one
-    tensor; and its log's five errors, each the geometric mean over the levels."""
-    denoiser, options, _ = runs.load_run(run, device)
-    errors = evaluate.denoising_error(denoiser, *runs.held_out(data, options, 256), COMPARED)
-    distances = [evaluate.run_distance(denoiser, options | {"sample-steps": (nfe + 1) // 2},
-                                       *real)[1] for nfe in NFE]
-    lines = [json.loads(line) for line in open(f"{run}/log.jsonl")]
-    curve = [line["held_out"]["ema"] for line in lines if "held_out" in line]
-    return torch.tensor(errors + distances), torch.tensor(curve).log().mean(1).exp()
+# ---- Ranks ---------------------------------------------------------------------------------------
+# torchrun starts one process for each GPU, or several on CPUs; without it there is one, rank 0.
+
+def start_ranks():
+    """Joins torchrun's process group, if there is one."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
-def tell(folder, table, name, floor):
-    """A Markdown table, errors as ratios to those of the first objective with the same seed."""
-    name_of_distance = f"distance: {name}; as many real images get {floor:.3g}"
-    names = [*(f"error at {sigma:g}" for sigma in COMPARED), *(f"distance, NFE {n}" for n in NFE)]
-    lines = ["| objective | steps | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    for label, steps, values in table:
-        values = torch.cat([values[:, :len(COMPARED)] / table[0][2][:, :len(COMPARED)],
-                            values[:, len(COMPARED):]], dim=1)
-        cells = [f"{v.mean():.3g}" + (f" ± {v.std():.2g}" if len(v) > 1 else "") for v in values.T]
-        lines.append(f"| `{label}` | {steps} | " + " | ".join(cells) + " |")
-    Path(folder, "compare.md").write_text("\n".join(lines) + "\n")
-    print("error: on held-out rows, as a ratio to the first objective's with the same seed; mean "
-          "and sd over seeds\n\n" + "\n".join(lines) + f"\n\n{name_of_distance}\n")
+def agree(call):
+    """call() on every rank.  BadInput on one of them ends all; the first of these says why."""
+    (rank, world), result, error = ranks(), None, None
+    if world == 1:
+        return call()
+    try:
+        result = call()
+    except BadInput as bad:
+        error = f"train.py: {bad}"
+    errors = [None] * world
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        if rank == errors.index(next(filter(None, errors))):
+            print(error, file=sys.stderr)
+        sys.exit(2)
+    return result
 
 
-# ---- Main ----------------------------------------------------------------------------------------
+def highest(*numbers):
+    """The largest of each of these whole numbers over the ranks.  Hosts talk; no GPU waits."""
+    largest = torch.tensor([int(number) for number in numbers])
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def from_first(call):
+    """Rank 0's call(), told to all ranks."""
+    told = [agree(call if ranks()[0] == 0 else lambda: None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+def numbers(text):
+    """A type for argparse: whole numbers separated by commas."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def parser():
+    """A parser made from Options: what it leaves out was not given."""
+    p = evaluate.Parser(
+        prog="train.py", usage="python train.py [OPTION]", argument_default=argparse.SUPPRESS,
+        description="Train a diffusion model; without options, coloured digits on a CPU.",
+        epilog="""\
+examples:
+  python train.py --data photos/ --size 64 --cond
+  python train.py --loss sa --schedule ddpm --K 3
+  torchrun --nproc-per-node 8 train.py --preset cifar10-edm-vp""")
+    p.add_argument("--preset", choices=[*PRESETS, "list"], metavar="NAME", help="a paper's run; "
+                   "options beside it override its own; list: print them all")
+    p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
+                   "with the newest run")
+    for name, field in CHOSEN.items():
+        own = {kind: values[name] for kind, values in KINDS.items() if name in values}
+        shown = field.default if field.default is not None or not own else "; ".join(
+            f"{kind} {value}" for kind, value in own.items())
+        text = field.metadata["help"]
+        if "(default" not in text:
+            text += f" (default: {str(shown).lower()})"
+        how = dict(help=text.replace("%", "%%"))
+        if field.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = numbers if field.type is tuple else field.type
+            how["metavar"] = {int: "N", float: "X", tuple: "N,.."}.get(field.type, "NAME")
+        if field.metadata["choices"]:
+            how["metavar"] = "|".join(field.metadata["choices"])
+        p.add_argument(word(name), dest=name, **how)
+    return p
+
 
 def main(argv=None):
+    evaluate.plain_streams()
     try:
-        runs.start_ranks()
+        start_ranks()
         with open(os.devnull, "w") as silence, \
                 contextlib.redirect_stdout(silence if ranks()[0] else sys.stdout):
-            given = runs.agree(lambda: vars(parser().parse_args(argv)))
-            given = {name.replace("_", "-"): value for name, value in given.items()}
-            if given["preset"] == "list":
-                print("\n".join(f"{name:16}{text}; sample with {how}" + "".join(
-                    f"\n{'':16}{key} {value}" for key, value in own.items())
-                    for name, (own, how, text) in PRESETS.items()))
-                return 0
-            own = PRESETS[given["preset"] or "digits"][0]
-            given |= {key: value for key, value in own.items() if given[key] is None}
-            if own and not given["data"]:
-                raise BadInput(f"--preset {given['preset']} needs your --data, a folder or zip")
-            if given["compare"] and given["resume"]:
-                raise BadInput("--compare starts new runs; leave --resume out")
-            if given["compare"]:
-                names = (ALL if given["compare"] == "all" else given["compare"]).split(",")
-                return compare(given, names, given["equal"], given["seeds"])
-            return run_training(given)
-    except (BadInput, OSError, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+            given = vars(agree(lambda: parser().parse_args(argv)))
+            preset, again = given.pop("preset", None), given.pop("resume", None)
+            if preset == "list":
+                for name, own in PRESETS.items():
+                    print(name, *(f"    {key} = {value}" for key, value in own.items()), sep="\n")
+            elif again is not None:
+                folder = from_first(newest_run) if again == "newest" else again
+                run(agree(partial(resumed, folder, given)), folder)
+            else:
+                chosen = PRESETS.get(preset, {}) | given
+                if preset and "data" not in chosen:
+                    raise BadInput(f"--preset {preset} needs your --data; name a folder or a .zip")
+                run(Options(**chosen))
+        return 0
+    except (BadInput, OSError, FloatingPointError, MemoryError) as error:
+        if ranks()[0] == 0 or not isinstance(error, BadInput):     # outside `agree`, all have it
+            print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:                  # torch's, for lack of memory on any device
+        if "memory" not in str(error):
+            raise
+        print("train.py: out of memory; give --micro-batch a smaller number than the samples of "
+              "each rank, or choose a smaller --width or --ref-batch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-
-
-def run_training(given, brief=False):
-    """The command, with every option given, or None; brief: without samples and report."""
-    again, dry, run, stored = given["resume"], given["dry-run"], None, {}
-    if given["out"] and not again:
-        runs.agree(lambda: runs.check_empty(given["out"]))
-    if again:
-        run = runs.first(lambda: runs.newest_run("runs") if again == "newest" else again)
-        stored = runs.agree(lambda: runs.read_options(run, OPTIONS))
-    if given["init"] and not again:
-        given = runs.agree(lambda: inherit(given, runs.read_options(given["init"], OPTIONS)))
-    where = [given[name] or stored.get(name, OPTIONS[name][1])
-             for name in ("data", "data-dir", "size")]
-    data, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
-    for turn in (True, False):              # the first rank of a node downloads and decodes for all
-        data = runs.agree(lambda: load_data(*where) if first == turn else data)
-    options = runs.agree(lambda: resume(given, stored, data, run) if again else
-                         resolve(given, data))
-    name = f"head-{options['head']}" if options["init"] and options["head"] != "none" else \
-        options["loss"]
-    torch.manual_seed(options["seed"])
-    attempt(f"--sample-steps {options['sample-steps']}", "choose fewer",
-            runs.build_schedule(options).time_steps, options["sample-steps"])
-    denoiser = runs.agree(lambda: runs.build_denoiser(options)).to(options["device"])
-    arrange_memory(denoiser, options["loss"])
-    describe(options, data, denoiser, name)
-    if dry:
-        print("\n".join(f"  {name:18}{value}" for name, value in sorted(options.items())))
-        print("\n".join(f"memory  {what:28}{size / 2 ** 20:10,.1f} MiB"
-                        for what, size in memory(options, denoiser, data).items()))
-        return 0
-
-    emas = {length: copy.deepcopy(denoiser).requires_grad_(False)
-            for length in options["ema"].split(",")}
-    state = runs.agree(lambda: starting_state(options, denoiser, emas, run))
-    real = evaluate.real_ones(options, data) if options["fid-every"] else None
-    run = run or runs.first(lambda: runs.new_run(options["out"], f"{data.name}-{name}"))
-    if ranks()[0] == 0:
-        runs.write_json(os.path.join(run, "options.json"), options)
-    print(f"run       {run}" + (f", from step {state['step']}" if again else ""), flush=True)
-    denoiser.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options["amp"])
-    if options["compile"]:
-        denoiser.model.compile()
-    start = time.time()
-    done = train(options, data, run, state, denoiser, emas, real)
-    if not done:
-        print(f"stopped by a signal; to go on: python train.py --resume {run}")
-    elif not brief:
-        evaluate.report(options, data, run, ema_of(emas), time.time() - start)
-        if ranks()[0] == 0:
-            save_samples(run, options["steps"], denoiser, ema_of(emas), options, data)
-        step = f"{options['steps']:07d}"
-        print(f"samples     {run}/samples-{step}.png\nlog         {run}/log.jsonl\n"
-              f"checkpoint  {run}/checkpoint-{step}.pt\n"
-              f"next        python evaluate.py sample {run}")
-    return 0
-
-
-def describe(options, data, denoiser, name):
-    """What is going to be trained, and on what, on the terminal."""
-    size = sum(p.numel() for p in denoiser.parameters())
-    print(f"data      {data.source}\nnetwork   {options['arch']}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {name}, schedule {options['schedule']}, "
-          f"{options['steps']} steps of {options['batch']}, on {options['device']}"
-          + f" x {ranks()[1]}" * (ranks()[1] > 1))
-    images, share = options["steps"] * options["batch"], options["ema-rampup"]
-    if any(float(length) > images for length in options["ema"].split(",")):
-        print(f"warning   --ema {options['ema']}: a half-life of more than the {images} images of "
-              f"this run; --ema-rampup {share} keeps it below {share * images:g}")
-
-
-def starting_state(options, denoiser, emas, run):
-    """The state that a run starts from, its networks' weights loaded: fresh, --init's or run's."""
-    state = dict(step=0, optimizer=None, beta=None, skipped=[0, 0], best=math.inf)
-    if run and runs.checkpoints(run):
-        state = runs.load_checkpoint(run, options["device"])
-        runs.load_weights(denoiser, state["model"], run)
-        for length, ema in emas.items():
-            runs.load_weights(ema, state["ema"].get(length), run)
-    elif options["init"]:
-        weights = runs.load_run(options["init"], options["device"])[0].state_dict()
-        for network in (denoiser, *emas.values()):
-            runs.load_weights(network, network.state_dict() | weights, options["init"])
-    drawn = os.path.exists(f"{run}/samples-{options['steps']:07d}.png")   # else a report is due
-    if state["step"] + drawn > options["steps"]:
-        raise BadInput(f"{run} has its {state['step']} steps; give --steps a larger number")
-    return state
+    finally:
+        if dist.is_initialized():                  # a rank that leaves without it may abort
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,95 +1,143 @@
-"""benchmark.py: what things cost, as ratios within one run.  A script, not a test.
+"""benchmark.py: what things cost, as one table of ratios within one run.  A script, not a test.
 
-    python tests/benchmark.py [--quick] [--only PART] [--json FILE]
+    python tests/benchmark.py            about 10 minutes on an idle machine
+    python tests/benchmark.py --quick    about half a minute, smaller sizes
 
-"other" is the published form of the stable target, which broadcasts (B, n, d), or what is named.
-Every time is a median (the network's: the least) of runs taken in turn with those of its rivals, so
-that load on the machine falls on all.  Memory is what a fresh process peaks at above what it holds
-with its inputs made.  Errors are relative, in norm, the largest of the batch, against float64 row
-by row.  The full run needs about 7 GiB of free memory.
+Each row compares this repository with another way of doing the same.  The rivals take turns, and
+the least time of each counts, since other programs on the machine only add to it.  A row whose
+process got less than 80 % of a core while it ran is marked "busy".  Memory is what a fresh process
+peaks at above what its inputs take.  Errors are relative, in norm, the largest of the batch,
+against float64 row by row.
 """
 
 import argparse
 import copy
-import itertools
-import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")     # as tests/conftest.py says
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import averages
-import datasets
 import evaluate
 import losses
 import networks
-import objectives
-import runs
 import train
+from samplers import heun
 from schedules import EDM
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+def in_turn(repeats, *functions):
+    """The least seconds of a call of each function, after one call each to warm up; and whether
+    the machine was busy."""
+    least, cpu, wall = [float("inf")] * len(functions), time.process_time(), time.perf_counter()
+    for repeat in range(repeats + 1):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            if GPU:
+                torch.cuda.synchronize()
+            if repeat > 0:
+                least[i] = min(least[i], time.perf_counter() - start)
+    share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    return *least, share < 0.8 and not GPU
+
+
+def fresh_process(worker, *arguments):
+    """The numbers that WORKERS[worker](*arguments) prints in a process of its own."""
+    command = [sys.executable, __file__, "--worker", worker, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [float(number) for number in done.stdout.split()]
+
+
+def peak_mib():
+    """The process's peak of resident memory (macOS counts in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+# ---- STF's target --------------------------------------------------------------------------------
 
 def broadcast_target(x, sigma, reference):
-    """The published form: STF eq. 5 with every difference x - y_k kept; x's precision."""
+    """The published form: STF eq. 5 with every difference x - y_k kept, in x's precision."""
     diff = x.flatten(1)[:, None] - reference.flatten(1)[None]                     # (B, n, d)
     w = (-(diff ** 2).sum(2) / (2 * sigma.flatten(1) ** 2)).softmax(1)            # (B, n)
     return (w[..., None] * reference.flatten(1)[None]).sum(1).view_as(x)
 
 
-def float32_product_target(x, sigma, reference):
-    """The matrix product of losses.stf_target with its precision left at float32."""
+def float32_target(x, sigma, reference):
+    """losses.stf_target's matrix product in float32."""
     y = reference.flatten(1)
     logits = (x.flatten(1) @ y.T - (y ** 2).sum(1) / 2) / sigma.flatten(1) ** 2
     return (logits.softmax(1) @ y).view_as(x)
+
+
+def split_target(x, sigma, reference):
+    """The same with each factor split into 12 leading bits and the rest: three float32 products."""
+    y, q = reference.flatten(1), x.flatten(1)
+    (q1, q2), (y1, y2) = halves(q), halves(y)
+    product = (q1 @ y1.T).double() + (q1 @ y2.T).double() + (q2 @ y.T).double()
+    logits = (product - (y.double() ** 2).sum(1) / 2) / sigma.flatten(1).double() ** 2
+    return (logits.softmax(1).to(y) @ y).view_as(x)
+
+
+def halves(x):
+    """x as a number of 12 leading bits and what is left."""
+    step = 2.0 ** (x.abs().log2().floor() - 11)
+    high = (x / step).round() * step
+    return high, x - high
 
 
 def exact_target(x, sigma, reference):
     """One row after the other, in float64."""
     rows = []
     for x_i, sigma_i in zip(x.double(), sigma.double().flatten()):
-        square = torch.stack([((x_i - y.double()) ** 2).sum() for y in reference])
+        square = ((x_i - reference.double()) ** 2).flatten(1).sum(1)
         w = (-square / (2 * sigma_i ** 2)).softmax(0)
-        rows.append(sum(w_k * y.double() for w_k, y in zip(w, reference) if w_k > 0))
+        rows.append((w @ reference.double().flatten(1)).view_as(x_i))
     return torch.stack(rows)
 
 
 TARGETS = dict(ours=losses.stf_target, broadcast=broadcast_target)
 
 
-def images(n, side, seed):
-    """Smooth 8-bit images in [-1, 1]: (n, 3, side, side)."""
+def images(n, seed=0):
+    """Smooth 8-bit images in [-1, 1]: (n, 3, 32, 32)."""
     coarse = torch.randn(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
-    smooth = F.interpolate(coarse, size=side, mode="bicubic").tanh()
+    smooth = F.interpolate(coarse, size=32, mode="bicubic").tanh()
     return ((smooth + 1) * 127.5).round() / 127.5 - 1
 
 
-def problem(B, n, side=32):
+def problem(B, n):
     """x, sigma log-uniform on [.002, 80], reference."""
-    reference = images(n, side, seed=0)
+    reference = images(n)
     sigma = (0.002 * 40000 ** torch.linspace(0, 1, B)).view(B, 1, 1, 1)
-    noise = torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(B, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     return reference[:B] + sigma * noise, sigma, reference
 
 
-def near_duplicates(sigma, n, side=32):
+def near_duplicates(sigma, n=64):
     """The same for one image and n - 1 more at distance sigma from it."""
-    base, generator = images(1, side, seed=2), torch.Generator().manual_seed(3)
-    away = torch.randn(n - 1, 3, side, side, generator=generator)
+    base, g = images(1, seed=2), torch.Generator().manual_seed(3)
+    away = torch.randn(n - 1, 3, 32, 32, generator=g)
     away = away / away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    x = base + sigma * torch.randn(1, 3, side, side, generator=generator)
+    x = base + sigma * torch.randn(1, 3, 32, 32, generator=g)
     return x, torch.full((1, 1, 1, 1), sigma), torch.cat([base, base + sigma * away])
 
 
@@ -98,100 +146,65 @@ def error(target, inputs, exact):
     return (difference / exact.flatten(1).norm(dim=1)).max().item()
 
 
-def times_in_turn(repeats, *functions, take=statistics.median):
-    """Seconds a call, after one run of each to warm up.  The functions take turns of a second or
-    more each: as in training, most calls follow one of their own kind, with its memory at hand.
-    take=min where a call is long and the machine is shared: what others run only adds."""
-    times = [[] for _ in functions]
-    for repeat in range(repeats + 1):
-        for function, taken in zip(functions, times):
-            start, calls = time.perf_counter(), 0
-            while calls == 0 or time.perf_counter() - start < 1:
-                function()
-                calls += 1
-            taken.append((time.perf_counter() - start) / calls)
-    return [take(taken[1:]) for taken in times]
-
-
-def fresh_process(worker, *arguments):
-    """The numbers that WORKERS[worker](*arguments) gives in a process of its own."""
-    command = [sys.executable, __file__, "--worker", worker, *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return [float(number) for number in done.stdout.split()]
-
-
-def peak_kib():
-    """The process's peak resident set (macOS counts in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // 1024 if sys.platform == "darwin" else peak
-
-
 def memory_worker(name, B, n):
-    """In a fresh process: the MiB that one target adds to the peak.
-
-    The inputs are filled in place: a temporary of theirs would raise the peak beforehand, and hide
-    as much of the target's own.
-    """
+    """The MiB that one target adds to the process's peak, whose inputs are filled in place."""
     reference = torch.empty(n, 3, 32, 32).normal_()
     x, sigma = torch.empty(B, 3, 32, 32).normal_(), torch.ones(B, 1, 1, 1)
     TARGETS[name](x[:2], sigma[:2], reference[:8])                    # libraries' own buffers
-    before = peak_kib()
+    before = peak_mib()
     TARGETS[name](x, sigma, reference)
-    grown = (peak_kib() - before) / 1024
-    if grown <= 0:
-        raise SystemExit("the peak did not grow: something before the measurement was larger")
-    return [grown]
+    print(peak_mib() - before)
 
 
-def stf_target_rows(quick):
-    B, n, repeats = (16, 512, 3) if quick else (64, 4096, 3)
+def target_rows(quick):
+    B, n = (16, 512) if quick else (64, 4096)
     size = f"B {B}, n {n}, d 3072"
-    yield f"stf_target, peak MiB, {size}", *(
-        fresh_process("memory", name, B, n)[0] for name in TARGETS)
-    inputs = problem(B, n)
-    times = times_in_turn(repeats, *(lambda f=f: f(*inputs) for f in TARGETS.values()))
-    yield f"stf_target, seconds, {size}", *times
-    inputs = problem(16, 512)
-    exact = exact_target(*inputs)
-    yield "stf_target, error", *(error(f, inputs, exact) for f in TARGETS.values())
-    for sigma in (0.002, 1.0):
-        inputs = near_duplicates(sigma, 64)
+    yield f"stf_target, peak MiB, {size} | published form", *(
+        fresh_process("memory", name, B, n)[0] for name in TARGETS), False
+    inputs = [a.to(DEVICE) for a in problem(B, n)]
+    yield f"stf_target, seconds, {size} | published form", *in_turn(
+        1, *(partial(f, *inputs) for f in TARGETS.values()))
+    for what, inputs in [("sigma .002 to 80", problem(16, 512)),
+                         ("near-duplicates, sigma .002", near_duplicates(0.002)),
+                         ("near-duplicates, sigma 1", near_duplicates(1.0))]:
         exact = exact_target(*inputs)
-        mine, theirs = (error(f, inputs, exact) for f in TARGETS.values())
-        product = error(float32_product_target, inputs, exact)
-        yield f"stf_target, error, near-duplicates at sigma {sigma}", mine, theirs
-        yield "    against the product form in float32", mine, product
+        for name, target in (("published form", broadcast_target), ("float32 product",
+                             float32_target), ("three float32 products", split_target)):
+            yield f"stf_target, error, {what} | {name}", error(losses.stf_target, inputs, exact), \
+                error(target, inputs, exact), False
 
 
-OBJECTIVES = ("dsm", "stf", "stf --no-mean-correction", "antithetic", "sa --K 2", "sa --K 3",
-              "taylor", "taylor --order 1", "taylor --order 2", "stf-taylor",
-              "stf-taylor --control atoms")
+# ---- A training step -----------------------------------------------------------------------------
+
+def training(given):
+    """A function that takes train.py's next step (batch, loss, backward, update) on the digits."""
+    data = evaluate.load_data("digits")
+    options = train.resolve(train.Options(device=DEVICE, **given), data)
+    denoiser = evaluate.build_denoiser(options).to(
+        DEVICE, memory_format=train.memory_format(DEVICE))
+    schedule, weight = evaluate.build_schedule(options), evaluate.build_weight(options)
+    pixels, labels = train.on_device(data, DEVICE)
+    optimizer, beta = torch.optim.AdamW(denoiser.parameters(), fused=True), None
+    if options.loss == "taylor":
+        beta = losses.RunningBeta(device=DEVICE)
+
+    def step():
+        batch = train.draw_batch(pixels, labels, options, schedule, 0)
+        train.objective(options, denoiser, batch, weight, denoiser.precondition,
+                        beta).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def objective_rows(quick):
-    """A whole training step of the default run (draw, loss, backward, update), by objective."""
-    data, steps = datasets.load_data("digits"), []
-    pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    for objective in OBJECTIVES:
-        given = vars(train.parser().parse_args(["--loss", *objective.split()]))
-        options = train.resolve({k.replace("_", "-"): v for k, v in given.items()}, data)
-        denoiser, schedule = runs.build_denoiser(options), runs.build_schedule(options)
-        tools, optimizer = objectives.build_tools(pixels, labels, options), torch.optim.AdamW(
-            denoiser.parameters(), fused=True)
-        numbers = itertools.count()
-
-        def step(options=options, denoiser=denoiser, schedule=schedule, tools=tools,
-                 optimizer=optimizer, numbers=numbers):
-            n = next(numbers)
-            batch = objectives.draw_batch(pixels, labels, options, schedule, n)
-            objectives.objective(options, denoiser, batch, tools).mean().backward()
-            optimizer.step(), optimizer.zero_grad()
-            if tools["beta"] and n % 25 == 0:
-                objectives.update_beta(options, denoiser, batch, tools, n)
-        steps.append(step)
-    dsm, *rest = times_in_turn(1 if quick else 5, *steps)
-    for objective, seconds in zip(OBJECTIVES[1:], rest):
-        yield f"training step, seconds: dsm (other: {objective})", dsm, seconds
+    given = [dict(loss="dsm"), dict(loss="stf"), dict(loss="antithetic"), dict(loss="sa", K=2),
+             dict(loss="sa", K=3), dict(loss="taylor"), dict(loss="taylor", order=1),
+             dict(loss="taylor", order=2)]
+    *seconds, busy = in_turn(1 if quick else 5, *(training(own) for own in given))
+    for own, other in zip(given[1:], seconds[1:]):
+        text = " ".join(f"--{name} {value}" for name, value in own.items())
+        yield f"a training step on digits, dsm | {text}", seconds[0], other, busy
 
 
 def plain_attend(self, x):
@@ -202,191 +215,128 @@ def plain_attend(self, x):
     return self.proj(torch.einsum("bqk,bck->bcq", a, v).reshape(B, C, H, W))
 
 
-def ddpmpp_step(way, B, device):
-    """A training step of DDPM++ of base width 64 on 32x32 images: as train.py does it, or plainly.
+def ddpmpp(way, B):
+    """A training step of DDPM++ of width 64 (a GPU: 128): as train.py does it, or in a plain way.
 
-    plain: float32 and NCHW, memory as the system has it, attention, AdamW and the weight average
-    step by step.  micro: with --micro-batch 16, whose tensors a CPU's caches take more easily.
+    way: words among plain (float32, memory as it comes, attention, AdamW and average written out),
+    bf16, compiled.
     """
     torch.manual_seed(0)
-    net = networks.UNet(32, 3, **networks.UNETS["ddpmpp"] | {"width": 64})
+    net = networks.UNet(32, 3, **networks.UNETS["ddpmpp"] | {"width": 128 if GPU else 64})
+    plain = "plain" in way
     for block in net.modules():
-        if way == "plain" and isinstance(block, networks.Block):
+        if plain and isinstance(block, networks.Block):
             block.attend = plain_attend.__get__(block)
-    denoiser = networks.Denoiser(net, EDM().precondition).to(device)
-    if way != "plain":
-        objectives.arrange_memory(denoiser, "dsm")
+    denoiser = networks.Denoiser(net, EDM().precondition, torch.bfloat16 if "bf16" in way else None)
+    denoiser = denoiser.to(DEVICE)
+    if not plain:
+        denoiser.to(memory_format=train.memory_format(DEVICE))
     ema = copy.deepcopy(denoiser).requires_grad_(False)
-    fused = dict(fused=True) if way != "plain" else dict(foreach=False)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, **fused)
-    denoiser.amp = torch.bfloat16 if "bf16" in way else None
+    how = dict(foreach=False) if plain else dict(fused=True)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, **how)
     if "compiled" in way:
         denoiser.model.compile()
-    x0, noise = torch.randn(2, B, 3, 32, 32, device=device)
-    sigma = torch.rand(B, 1, 1, 1, device=device) + 0.1
-    weight, micro = losses.edm_weight, 16 if "micro" in way else B
+    x0, noise = torch.randn(2, B, 3, 32, 32, device=DEVICE)
+    sigma = torch.rand(B, 1, 1, 1, device=DEVICE) + 0.1
 
     def step():
-        for given in zip(x0.split(micro), noise.split(micro), sigma.split(micro)):
-            (losses.dsm_loss(denoiser, *given, weight).sum() / B).backward()
+        losses.dsm_loss(denoiser, x0, noise, sigma, losses.edm_weight).mean().backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
-        if way != "plain":
-            averages.update_ema(ema, denoiser, 0.999)
-        else:
-            with torch.no_grad():
-                for average, new in zip(ema.parameters(), denoiser.parameters()):
-                    average.mul_(0.999).add_(new, alpha=0.001)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            if not plain:
+                torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 0.001)
+                return
+            for average, new in zip(ema.parameters(), denoiser.parameters()):
+                average.mul_(0.999).add_(new, alpha=0.001)
     return step
 
 
-def step_worker(way, B, device):
-    """In a fresh process: the seconds of a step, the least of three turns after one to warm up."""
-    torch.set_num_threads(1)
-    return times_in_turn(3, ddpmpp_step(way, B, device), take=min)
-
-
-def matrix_speed(dtype, device):
-    """FLOP/s of a matrix product."""
-    a = torch.randn(4096, 4096, device=device).to(dtype)
-    seconds, = times_in_turn(4, lambda: (a @ a).sum().item(), take=min)
-    return 2 * 4096 ** 3 / seconds
-
-
 def network_rows(quick):
-    """DDPM++'s training step, its share of the device's matrix product's speed, and STF's of it.
-
-    Every turn is a fresh process, since train.py's settings of the allocator are the process's.
-    The time is the least of all: what others run on a shared machine only adds.  train.py's and the
-    plain way have the most turns.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, turns = (512, 2) if device == "cuda" else (4, 1) if quick else (32, 6)
-    ways = ["train.py's", "plain", "micro", "compiled", "bf16", "compiled bf16"][:3 if quick else 6]
-    seconds, mine = dict.fromkeys(ways, float("inf")), ways[0]
-    for turn in range(turns):
-        for way in ways if turn < 2 else ways[:2]:
-            seconds[way] = min(seconds[way], *fresh_process("step", way, B, device))
+    """DDPM++'s step, its share of a matrix product's speed, and what STF's target adds to it."""
+    B = (512 if GPU else 32) if not quick else 4
+    ways = ["ours", "plain"] + (["bf16", "compiled", "bf16 compiled"] if GPU else [])
+    *seconds, busy = in_turn(1 if quick else 3, *(ddpmpp(way, B) for way in ways))
+    for way, other in zip(ways[1:], seconds[1:]):
+        yield f"DDPM++ step, batch {B} | {way}", seconds[0], other, busy
+        yield f"    images/s | {way}", B / seconds[0], B / other, busy
     with FlopCounterMode(display=False) as counter:
-        ddpmpp_step("plain", 2, "cpu")()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    peak = [matrix_speed(dtype, device) for dtype in (torch.float32, torch.bfloat16)]
-    share = {way: counter.get_total_flops() * B / 2 / taken / peak["bf16" in way]
-             for way, taken in seconds.items()}
-    for way in ways[1:]:
-        what = f"DDPM++ width 64, batch {B}, seconds a step (other: {way})"
-        yield what, seconds[mine], seconds[way]
-        yield "    images/s", B / seconds[mine], B / seconds[way]
-        yield "    share of the FLOP/s of a matrix product", share[mine], share[way]
-    whole = torch.randint(256, (5000 if quick else 50_000, 3, 32, 32), dtype=torch.uint8)
-    whole, x = whole.to(device), torch.randn(B, 3, 32, 32, device=device)
-    sigma = torch.ones(B, 1, 1, 1, device=device)
-    for rows in (whole[:4096], whole):
-        target, = times_in_turn(
-            3, lambda rows=rows: losses.stf_target(x, sigma, rows).sum().item(), take=min)
-        yield f"    STF's target, n {len(rows)}, seconds (other: that step)", target, seconds[mine]
-    torch.set_num_threads(threads)
+        ddpmpp("ours", 2)()
+    a = torch.randn(2048, 2048, device=DEVICE)
+    product, busy = in_turn(3, partial(torch.mm, a, a))
+    peak, flops = 2 * 2048 ** 3 / product, counter.get_total_flops() * B / 2
+    yield "    FLOP/s | of a float32 matrix product", flops / seconds[0], peak, busy
+    x, sigma = torch.randn(B, 3, 32, 32, device=DEVICE), torch.ones(B, 1, 1, 1, device=DEVICE)
+    for n in (512,) if quick else (4096, 50_000):
+        reference = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
+        target, busy = in_turn(1, partial(losses.stf_target, x, sigma, reference))
+        yield f"    STF's target, n {n}, seconds | that step", target, seconds[0], busy
 
 
-def whole_set_rows(quick):
-    """STF with a uint8 reference of CIFAR-10's size: peak memory beyond the set, time by n."""
-    n = 5000 if quick else 50_000
-    grown, half, whole = fresh_process("whole", 128, n)
-    yield f"whole uint8 set as reference, B 128, n {n}: peak MiB (other: the limit)", grown, 400.0
-    yield f"    seconds, n {n // 2} (other: n {n})", half, whole
+def large_set_rows(quick):
+    """Drawing a batch from a memory map of 64x64 images, by the number of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        for N in (20_000,) if quick else (20_000, 1_280_000):
+            x = np.lib.format.open_memmap(f"{folder}/{N}.npy", "w+", np.uint8, (N, 3, 64, 64))
+            data = evaluate.Dataset(x, None, [], "map", "a memory map", "")   # a file of zeros
+            options = train.resolve(train.Options(device=DEVICE, arch="unet", batch=128), data)
+            pixels, schedule = torch.from_numpy(x), EDM()
+            draw = partial(train.draw_batch, pixels, None, options, schedule, 0)
+            everything = partial(torch.randperm, N)
+            batch = draw()
+            target = partial(losses.stf_target, batch.x0, batch.sigma, batch.reference)
+            mine, other, stf, busy = in_turn(1 if quick else 3, draw, everything, target)
+            yield f"a batch, its 4096 references of {N:,} 64x64 images | randperm", mine, other, busy
+            yield "    drawing it, seconds | STF's target for it", mine, stf, busy
 
 
-def whole_set_worker(B, n):
-    """In a fresh process: the MiB beyond the set, the seconds for half of it and for all."""
-    reference = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
-    x, sigma = torch.randn(B, 3, 32, 32), torch.ones(B, 1, 1, 1)
-    losses.stf_target(x[:2], sigma[:2], reference[:8])
-    before, seconds = peak_kib(), []
-    for rows in (reference[:n // 2], reference):
-        start = time.perf_counter()
-        losses.stf_target(x, sigma, rows)
-        seconds.append(time.perf_counter() - start)
-    return (peak_kib() - before) / 1024, *seconds
+def gpu_rows(quick):
+    """Sampling and memory on a GPU."""
+    if not GPU:
+        return
+    net = networks.UNet(32, 3, **networks.UNETS["ddpmpp"])
+    denoiser = networks.Denoiser(net, EDM().precondition, torch.bfloat16).cuda().eval()
+    B = 64 if quick else 512
+    x = torch.randn(B, 3, 32, 32, device="cuda") * 80
+    sample = partial(heun, denoiser, x, EDM().time_steps(18), EDM())
+    seconds, busy = in_turn(1, sample)
+    yield "sampling, 35 NFE, images/s | seconds", B / seconds, seconds, busy
+    for B in (64,) if quick else (64, 128, 256, 512):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        ddpmpp("bf16", B)()
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        card = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
+        yield f"DDPM++, bf16, micro-batch {B}, peak GiB | the card's", peak, card, False
 
 
-def sampler_rows(quick):
-    """What a sampler takes beyond its calls of the default network: 64 digits, 6 steps."""
-    data = datasets.load_data("digits")
-    options = train.resolve(dict.fromkeys(train.OPTIONS), data)
-    denoiser, schedule = runs.build_denoiser(options).eval(), runs.build_schedule(options)
-    labels, inside = torch.arange(64) % 10, []
-
-    def denoise(x, sigma, *labels):
-        start = time.perf_counter()
-        D = denoiser(x, sigma, *labels)
-        inside.append(time.perf_counter() - start)
-        return D
-    for sampler in runs.SAMPLERS:
-        more = {"churn": 10.0} if sampler == "edm-stochastic" else {"rtol": 0.01}
-        totals, calls = [], []
-        for _ in range(2 if quick else 6):
-            inside.clear()
-            start = time.perf_counter()
-            runs.generate(denoise, range(64), options["shape"], sampler, schedule, 6, labels,
-                              **more)
-            totals.append(time.perf_counter() - start)
-            calls.append(sum(inside))
-        ratio = statistics.median(t / c for t, c in zip(totals[1:], calls[1:]))
-        yield f"denoiser calls, seconds (other: {sampler}, all of it)", calls[1], ratio * calls[1]
-
-
-def general_root_distance(mean1, cov1, mean2, cov2):
-    """Frechet's distance by the root of C1 C2, a matrix that is not symmetric: V sqrt(L) V^-1."""
-    values, V = np.linalg.eig(cov1 @ cov2)
-    root = V * np.sqrt(values.astype(complex)) @ np.linalg.inv(V)
-    return ((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * root).real
-
-
-def frechet_rows(quick):
-    """The Frechet distance of d features, 2048 of Inception."""
-    d, rng = 256 if quick else 2048, np.random.default_rng(0)
-    scale = np.arange(1, d + 1) ** -0.5
-    sets = [rng.standard_normal((3 * d, d)) * scale for _ in range(2)]
-    given = [m for x in sets for m in (x.mean(0), np.cov(x, rowvar=False))]
-    ways = [evaluate.frechet_distance, general_root_distance]
-    ours, general = (f(*given) for f in ways)
-    assert abs(ours - general) < 1e-6 * general
-    yield f"frechet_distance, seconds, d {d} (other: the root of C1 C2)", *times_in_turn(
-        1, *(lambda f=f: f(*given) for f in ways))
-
-
-WORKERS = dict(memory=memory_worker, whole=whole_set_worker, step=step_worker)
-PARTS = dict(target=stf_target_rows, whole=whole_set_rows, objectives=objective_rows,
-             network=network_rows, samplers=sampler_rows, frechet=frechet_rows)
+WORKERS = dict(memory=memory_worker)
+PARTS = dict(target=target_rows, objectives=objective_rows, network=network_rows,
+             large=large_set_rows, gpu=gpu_rows)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes, half a minute")
-    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
-    parser.add_argument("--only", help="one part: " + ", ".join(PARTS))
+    parser.add_argument("--only", choices=PARTS, help="one part of the table")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.worker:
-        name, *given = options.worker
-        return print(*WORKERS[name](*(int(v) if v.isdecimal() else v for v in given)))
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    machine = f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
-    print(f"{machine}\n{'what':64} {'this repo':>10} {'other':>10} {'ratio':>8}", flush=True)
-    rows = []
-    for name, part in PARTS.items():
-        if options.only not in (None, name):
+    args = parser.parse_args(argv)
+    if args.worker:
+        name, *given = args.worker
+        return WORKERS[name](*(int(v) if v.isdecimal() else v for v in given))
+    name = torch.cuda.get_device_name() if GPU else f"CPU, {torch.get_num_threads()} threads"
+    stated = "half a minute" if args.quick else "10 minutes"
+    print(f"torch {torch.__version__}, {name}; about {stated} on an idle machine\n\n"
+          f"{'ours | the other way':66}{'ours':>10}{'other':>10}{'other/ours':>11}")
+    start = time.time()
+    for part, rows in PARTS.items():
+        if args.only not in (None, part):
             continue
-        for what, mine, other in part(options.quick):
-            ratio = other / mine if mine else float("inf")
-            rows.append(dict(what=what, this_repo=mine, other=other, ratio=ratio))
-            print(f"{what:64} {mine:10.3g} {other:10.3g} {ratio:8.3g}", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps(dict(machine=machine, rows=rows), indent=1))
+        print(f"  .. {part}, {time.time() - start:.0f} s so far", file=sys.stderr, flush=True)
+        for what, mine, other, busy in rows(args.quick):
+            note = "  busy" if busy else ""
+            print(f"{what:66}{mine:10.3g}{other:10.3g}{other / mine:11.3g}{note}", flush=True)
 
 
 if __name__ == "__main__":

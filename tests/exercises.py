@@ -2,9 +2,10 @@
 
     python tests/exercises.py                      the list
     python tests/exercises.py bug 1                a bug, and four tests: which of them fails?
-    python tests/exercises.py bug 1 c              your answer; runs the four with the bug planted
+    python tests/exercises.py bug 1 c              your answer; runs that test with the bug planted
     python tests/exercises.py change 1             a line to change, its numbers, what to explain
-    python tests/exercises.py change 1 --answer    the numbers before and after, and why
+    python tests/exercises.py bug 1 --answer       the solution: of a bug the four tests' results,
+                                                   of a change the numbers before and after; and why
 
 To add one, add a dict to BUGS or CHANGES: in `file`, the line `old` of the function or class `name`
 becomes `new`, in memory; no file is touched.
@@ -22,11 +23,11 @@ sys.path.insert(0, str(TESTS.parent))
 import pytest
 import torch
 
-import datasets
+import evaluate
 import losses
-import papers
 import samplers
 import schedules
+from papers import stf
 
 BUGS = [
     dict(file=losses, name="stf_weights", title="the weights of stable targets lose a factor 1/2",
@@ -36,8 +37,10 @@ BUGS = [
          b="test_stf_target_of_far_and_near_noise",
          c="test_stf_whole_finite_set_is_the_exact_posterior_mean",
          d="test_stf_theorem_2_far_field_variance_falls_as_1_over_n",
-         fails="c", why="""Only (c) has the posterior mean another way, from the gradient of log p.
-         A single row (a) weighs 1 whatever its logit; at the ends of sigma, (b) and (d), all rows
+         fails="c", hint="""What would a test notice if all logits were doubled? Ask it of one row,
+         of rows that all weigh the same, and of one row that has all the weight.""",
+         why="""Only (c) has the posterior mean another way, from the gradient of log p. A single
+         row (a) weighs 1 whatever its logit; at the ends of sigma, (b) and (d), all rows
          weigh the same, or one weighs all and is here still the right one. Limits do not see a
          wrong factor: test in between."""),
     dict(file=samplers, name="edm_stochastic", title="the step with churn ends as Heun's own does",
@@ -47,62 +50,86 @@ BUGS = [
          b="test_without_churn_algorithm_2_is_algorithm_1",
          c="test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped",
          d="test_churn_keeps_the_gaussian_marginal_in_exact_covariance",
-         fails="d", why="""(b) compares every digit, but without churn sigma_hat is sigma_cur; (a)
-         and (c) see when denoiser and noise are called, not what comes out. Only (d) has churn and
-         knows the result. A test of a special case is blind to what that case switches off."""),
+         fails="d", hint="""Write down sigma_hat where S_churn is 0. Which of the tests compare
+         numbers that come out of a step with churn?""",
+         why="""(b) compares every digit, but without churn sigma_hat is sigma_cur; (a) and (c) see
+         when denoiser and noise are called, not what comes out. Only (d) has churn and knows the
+         result. A test of a special case is blind to what that case switches off."""),
     dict(file=losses, name="taylor_control", title="a control variate keeps its expectation",
          old="dot = dot + sigma * (product(noise) * noise - trace)",
          new="dot = dot + sigma * (product(noise) * noise)",
-         tests="test_taylor.py", a="test_controlling_the_objective_is_controlling_the_gradient",
+         tests="test_taylor.py",
+         a="test_control_has_mean_zero_over_the_noise_whatever_the_dropout_masks",
          b="test_control_and_its_gradient_have_mean_zero_over_the_design",
          c="test_edm_untrained", d="test_remainder_of_order_k_falls_as_h_to_the_k_plus_1",
-         fails="b", why="""Without tr J, the mean of noise.J noise, the control has a mean, and loss
-         - beta control a bias. (c) finds that order 1 takes more variance off than order 0, and bug
-         or not it does, for tr J does not depend on the noise; (a) is true of any control, and (d)
-         leaves the trace out by design. Less variance is no sign of the right mean."""),
+         fails="b", hint="""The trace does not depend on the noise: what of it can a test see that
+         only measures how much the loss varies? And of which order are each test's controls?""",
+         why="""Without tr J, the mean of noise.J noise, the control has a mean, and loss
+         - beta control a bias. (a) asks for that mean too, but at order 0, which has no trace. (c)
+         finds that order 1 takes more variance off than order 0, and bug or not it does, for tr J
+         does not depend on the noise; (d) leaves the trace out by design. Less variance is no sign
+         of the right mean."""),
 ]
 
 
 def target_variances():
-    """V of stable targets (papers.target_variance) for two Gaussians in 64 dimensions."""
-    x = torch.from_numpy(datasets.points("two-gaussians-64d", 20_000)[0]).double()
+    """V of stable targets (stf.target_variance) for two Gaussians in 64 dimensions."""
+    x = torch.from_numpy(evaluate.load_data("two-gaussians-64d").x).double()
+    means = 0.48 * torch.tensor([[1.0], [-1.0]]).double().expand(2, 64)
     levels, sizes, g = torch.tensor([0.03, 0.3, 1, 10]).double(), [16, 256], torch.Generator()
-    V, _ = papers.target_variance(
-        x[:300], torch.randn(300, 64, generator=g).double(), levels, sizes, x[300:],
-        lambda x, sigma: (papers.two_gaussians_mean(x, sigma), sigma[:, 0]), g)
+
+    def exact(x, sigma):
+        return stf.mixture_mean(x, sigma, means, 0.14), sigma[:, 0]
+    V, _ = stf.target_variance(x[:300], torch.randn(300, 64, generator=g).double(), levels, sizes,
+                               x[300:], exact, g)
     return {f"sigma {level:g}, n = {n}": v for level, row in zip(levels, V.mean(0).T.tolist())
             for n, v in zip(sizes, row)}
 
 
 def heun_errors():
     """Relative error of Heun on data N(0, .5^2), whose flow scales x with its deviation."""
-    std, edm, errors = lambda sigma: (0.25 + sigma ** 2) ** 0.5, schedules.EDM(), {}
+    edm, errors = schedules.EDM(), {}
+
+    def deviation(sigma):
+        return (0.25 + sigma ** 2) ** 0.5
+
+    def denoise(x, sigma):
+        return 0.25 * x / deviation(sigma) ** 2
     for N in (64, 256, 1024):
         t = edm.time_steps(N)[:-1]
-        x = samplers.heun(lambda x, s: 0.25 * x / std(s) ** 2, std(t[:1]), t, edm)
-        errors[f"{N} steps"] = (x / std(t[-1]) - 1).abs().item()
+        x = samplers.heun(denoise, deviation(t[:1])[:, None], t, edm)
+        errors[f"{N} steps"] = (x / deviation(t[-1]) - 1).abs().item()
     return errors
 
 
 def best_shares():
-    """On data N(0, 1): the f with which eps_hat = f E[eps | x] has the least sa_loss at t, t - 1.
+    """On data N(0, 1): the c/c* of eps_hat = c x that is best for sa_loss, where c* x = E[eps | x].
 
-    The loss needs second moments of (x0, z_1, z_2) only, and eight rows of signs have N(0, I)'s.
+    Each level has a c of its own; 20 of them around t will do.  The loss needs second moments of
+    (x0, z_1, z_2) only, and eight rows of signs have those of N(0, I).  It is a parabola in c.
     """
-    x0, *z = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3).T[:, :, None]
-    z, ladder, shares = torch.stack(z), schedules.DDPM().levels, {}               # (2, 8, 1)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 3).T.repeat(1, 19)
+    first, shares = torch.arange(1, 20).repeat_interleave(8), {}                  # (152,)
+    x0, z = signs[0, :, None], signs[1:, :, None]                                 # z (2, 152, 1)
     for t in (10, 100, 500):
-        sigma = ladder[[t - 1, t - 2]].view(2, 1, 1).expand_as(z)
-        slope = torch.func.grad(lambda f: losses.sa_loss(
-            lambda x, s: x - s * f * s * x / (1 + s ** 2), x0, losses.path_noise(z, sigma), sigma,
-            losses.constant_weight, 1.0).mean())
-        a, b = slope(torch.tensor(0.0)), slope(torch.tensor(1.0))        # the loss is a parabola
-        shares[f"t = {t}"] = (a / (a - b)).item()
+        levels = schedules.DDPM().levels[t - 10:t + 10]                           # of t - 9, ...
+        sigma = levels[torch.stack([first, first - 1])][:, :, None]
+        noise = losses.path_noise(z, sigma)
+
+        def loss(c):
+            def denoise(x, s):
+                return x - s * c[torch.searchsorted(levels, s)] * x
+            tau = torch.ones_like(sigma)
+            return losses.sa_loss(denoise, x0, noise, sigma, losses.constant_weight, tau).sum()
+        zero = torch.zeros_like(levels)
+        slope, curve = torch.func.grad(loss)(zero), torch.func.hessian(loss)(zero)
+        best = torch.linalg.solve(curve, -slope) / (levels / (1 + levels ** 2))
+        shares[f"t = {t}"] = best[9].item()
     return shares
 
 
 CHANGES = [
-    dict(file=papers, name="target_variance", title="stable targets that know their source alone",
+    dict(file=stf, name="target_variance", title="stable targets that know their source alone",
          old="errors = [stf_target(x, sigma, reference[:n]).flatten(1) - mean for n in sizes]",
          new="errors = [stf_target(x, sigma, reference[:1]).flatten(1) - mean for n in sizes]",
          numbers=target_variances, shown="variance of the target about E[x0 | x]",
@@ -123,11 +150,13 @@ CHANGES = [
          old="return steps.flip(0).cumsum(0).flip(0) / sigma", new="return noise",
          numbers=best_shares, shown="best predictor as a share of E[eps | x] (1: unbiased)",
          ask="""Either way, each level's noise is N(0, I). Why does the predictor that is best for
-         the loss now fall short of E[eps | x] at small t, and hardly at large t?""",
+         the loss fall short of E[eps | x] after the change, at t = 10 by a quarter, and hardly at
+         t = 500?""",
          why="""The loss squares a sum of two neighbours' errors, eps_hat - eps with eps_hat = c x.
          If they share x0 alone, their product has the mean c^2 E x0^2, least for c = 0: so c
-         shrinks. Along a path they share the noise too, and the sum is about twice one error. At
-         large t x is nearly all noise, and x0 hardly counts."""),
+         shrinks, at t = 10 to 0.75 of its best. Along a path they share the noise too, and the sum
+         is about twice one error: 0.982 is left. At t = 500 x is nearly all noise, x0 hardly
+         counts, and independent noises leave 0.974."""),
 ]
 EXERCISES = {"bug": BUGS, "change": CHANGES}
 
@@ -146,30 +175,37 @@ def plant(exercise):
             setattr(other, name, getattr(module, name))
 
 
-def bug(e, letter):
-    """Prints the four tests, with results if there is a letter; returns what to say."""
-    failed = set()
+def bug(e, letter, answer):
+    """Prints the four tests, with the results of those that run; returns what to say.
+
+    A wrong letter runs its own test alone, and gets a hint; the right one, or --answer, runs all.
+    """
+    running, failed = letter or "", set()
+    if answer or letter == e["fails"]:
+        running = "abcd"
 
     class Record:                            # pytest calls it for each case of each test
         def pytest_runtest_logreport(self, report):
             if report.failed:
                 failed.add(report.nodeid.split("::")[1].split("[")[0])
 
-    if letter:
+    if running:
         plant(e)
-        tests = [f"{TESTS / e['tests']}::{e[k]}" for k in "abcd"]
+        tests = [f"{TESTS / e['tests']}::{e[k]}" for k in running]
         if pytest.main([*tests, "-p", "no:terminal", "-p", "no:cacheprovider"], [Record()]) > 1:
             sys.exit("exercises.py: pytest could not run these tests")
     print(f"tests/{e['tests']}:")
     for k in "abcd":
-        result = "" if not letter else "FAILED  " if e[k] in failed else "passed  "
+        result = ("FAILED  " if e[k] in failed else "passed  ") if k in running else ""
         print(f"  {k}  {result}{e[k]}")
-    if not letter:
+    if not running:
         return "Which one of the four fails? Some that pass look as if they should not."
-    return ("Right" if e[letter] in failed else f"No, ({letter}) passes") + f". {e['why']}"
+    if running == "abcd":
+        return ("Right. " if letter else "") + e["why"]
+    return f"No, ({letter}) passes. A hint: {e['hint']} Answer again."
 
 
-def change(e, answer):
+def change(e, letter, answer):
     """Prints the numbers, of both lines if the answer is wanted; returns what to say."""
     columns = {"before" if answer else "now": e["numbers"]()}
     if answer:
@@ -198,16 +234,17 @@ def main(argv=None):
         return print("\nOne of them:  python tests/exercises.py bug 1")
     if not 1 <= args.number <= len(EXERCISES[args.kind]):
         parser.error(f"there is no {args.kind} {args.number}; the list shows what there is")
-    if args.answer if args.kind == "bug" else args.letter:
-        parser.error("a bug is answered with a letter, a change with --answer")
+    if args.letter and (args.answer or args.kind == "change"):
+        parser.error("answer a bug with a letter; --answer alone is the solution")
     e, command = EXERCISES[args.kind][args.number - 1], f"{args.kind} {args.number}"
-    print(f"{command}: {e['title']}\n\n{e['file'].__name__}.py, {e['name']}:\n"
-          f"  - {e['old']}\n  + {e['new']}\n")
-    run, answer, more = ((bug, args.letter, "a  (or b, c, d)") if args.kind == "bug" else
-                         (change, args.answer, "--answer"))
-    print("\n" + textwrap.fill(" ".join(run(e, answer).split()), 88))
-    if not answer:
-        print(f"\nYour answer:  python tests/exercises.py {command} {more}")
+    file = e["file"].__name__.replace(".", "/")
+    print(f"{command}: {e['title']}\n\n{file}.py, {e['name']}:\n  - {e['old']}\n  + {e['new']}\n")
+    say = bug if args.kind == "bug" else change
+    print("\n" + textwrap.fill(" ".join(say(e, args.letter, args.answer).split()), 88))
+    if args.answer or args.letter and args.letter == e["fails"]:
+        return
+    letters = "a, b, c, d or " if args.kind == "bug" else ""
+    print(f"\nYour answer:  python tests/exercises.py {command}, then {letters}--answer")
 
 
 if __name__ == "__main__":

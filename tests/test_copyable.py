@@ -1,11 +1,13 @@
-"""Each public function or class of the four concept files and averages.py works when pasted alone.
+"""Each public function or class of the four concept files works when pasted alone.
 
 Its source and what its docstring's `Needs:` names go into an empty module that has imported torch,
-numpy and math; there it must give what the original gives.
+numpy and math; there it must give what the original gives.  Arguments are found by their names,
+which are those of the contract: a new loss, weight, schedule or sampler needs no line here.
 """
 
 import ast
 import importlib
+import inspect
 import re
 import sys
 import types
@@ -26,7 +28,7 @@ from torch import nn
 
 
 def sources(name):
-    """{public function or class: (its source, the names in its `Needs:`)}"""
+    """{public function or class: (its source, the names in its `Needs:`, the names it uses)}"""
     text = (ROOT / f"{name}.py").read_text()
     found = {}
     for node in ast.parse(text).body:
@@ -35,167 +37,128 @@ def sources(name):
             source = "\n".join(text.splitlines()[first - 1:node.end_lineno])
             needs = re.search(r"Needs:([\w\s,]+)\.", ast.get_docstring(node) or "")
             assert needs, f"{name}.{node.name} does not say what it needs"
-            words = [w.strip() for w in needs[1].split(",")]
-            found[node.name] = source, [] if words == ["nothing"] else words
+            words = {word.strip() for word in needs[1].split(",")} - {"nothing"}
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            found[node.name] = source, words, used
     return found
 
 
-FOUND = {(file, name): entry for file in ("schedules", "networks", "losses", "samplers", "averages")
-         for name, entry in sources(file).items()}
+FILES = {name: sources(name) for name in ("schedules", "networks", "losses", "samplers")}
+every_function = pytest.mark.parametrize("file, name", [
+    (file, name) for file, found in FILES.items() for name in found])
 
 
-def pasted(file, name):
-    source, needs = FOUND[file, name]
-    module = types.ModuleType("pasted")
-    sys.modules["pasted"] = module                               # dataclass looks its module up
-    exec("\n\n".join([HEADER, *(FOUND[file, n][0] for n in needs), source]), vars(module))
-    return getattr(module, name)
+@every_function
+def test_needs_names_what_is_used_in_the_file_directly_or_not(file, name):
+    found, needed, new = FILES[file], set(), {name}
+    while new:
+        needed |= new
+        new = {used for n in new for used in found[n][2] if used in found} - needed
+    assert found[name][1] == needed - {name}
 
+
+# ---- Arguments by their names --------------------------------------------------------------------
 
 def denoise(x, sigma):
     return x / (1 + sigma ** 2)                                  # exact for N(0, I)
 
 
-def start():
-    torch.manual_seed(0)
-    return torch.randn(4, 2), torch.randn(4, 2), torch.rand(4, 1) + 0.5
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+GRID = torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
+SIGMA, PAIR = torch.tensor([[0.5], [0.7], [1.1], [1.4]]), normal(2, 4, 2)
+IMAGE, LABELS = normal(4, 8, 8, 8), torch.tensor([0, 1, -1, 0])
+FRAME = types.SimpleNamespace(sigma=torch.clone, dsigma=torch.ones_like, s=torch.ones_like,
+                              ds=torch.zeros_like)
+BRANCHES = {"branch3x3": [(4, 1), (3, (1, 3), (3, 1))], "branch_pool": [(2, 1)]}
+ARGUMENTS = dict(
+    networks=dict(
+        model=lambda x, c_noise, *labels: x * c_noise.view(-1, 1, 1, 1), sigma=torch.tensor(0.5),
+        precondition=lambda sigma: (sigma, sigma, sigma, sigma), c_noise=SIGMA[:, 0], target="v",
+        channels=8, eps=1e-6, cin=8, cout=8, kernel=3, emb=16, dim=8, size=8, branches=BRANCHES,
+        classes=2, labels=LABELS, like=SIGMA, x=IMAGE, images=IMAGE[:1, :3]),
+    losses=dict(
+        denoise=denoise, with_head=lambda x, sigma: (denoise(x, sigma), x), x0=PAIR[0],
+        noise=PAIR[1], sigma=SIGMA, weight=torch.reciprocal, c_skip=torch.reciprocal, x=PAIR[0],
+        reference=normal(5, 2), like=PAIR[0], w=torch.ones(4, 5), target=torch.multiply,
+        ladder=GRID[:3].flip(0), t=torch.tensor([1, 3]), K=2, B=4, p=0.5, images=IMAGE,
+        a=normal(4, 8), D0=PAIR[0], y=PAIR[1]),
+    samplers=dict(
+        denoise=denoise, conditional=denoise, unconditional=torch.multiply, weight=2.0, x=PAIR[0],
+        noise=lambda: PAIR[1], schedule=FRAME, t=GRID[1], sigma=GRID[1], h=GRID[2], k1=PAIR[1],
+        slope=lambda x, t: t * x, finite=[torch.tensor(True)], D=PAIR[1], head=denoise,
+        seeds=[1, 2], shape=(3,), levels=[0.5, 3.0], moments=[0.4, 0.9], score=PAIR[1], z=PAIR[0],
+        step=SIGMA, snr=0.16, alpha=0.9))
+COPIES = dict(x=PAIR, noise=PAIR, sigma=SIGMA.expand(2, 4, 1), tau=torch.ones(2, 4, 1))
+UNUSUAL = {                                                      # something else by these names
+    "together": COPIES, "path_noise": COPIES, "sa_loss": COPIES,
+    "taylor_control": dict(c_skip=SIGMA),
+    "augmented_stf_target": dict(x=IMAGE, sigma=SIGMA[..., None, None], reference=IMAGE.flip(1)),
+    "UNet": dict(width=8, mult=(1, 2), blocks=1, attend=(4,), fourier=True),
+    "MLP": dict(x=IMAGE[:, 0, 0]),
+}
+
+
+def called(f, names):
+    """f of the arguments that have a name here, the others left at their defaults."""
+    return f(**{name: names[name] for name in inspect.signature(f).parameters if name in names})
+
+
+def flat(result, names):
+    """All numbers of a result; a function or a network, if that is one, is called in turn."""
+    if torch.is_tensor(result):
+        return result.flatten()
+    if isinstance(result, torch.nn.Module):
+        for p in result.eval().parameters():                     # fresh ones can be zero
+            p.data.fill_(0.1)
+        names = names | dict(emb=normal(4, 16), input=IMAGE)      # what forward calls so
+        return flat(called(result.forward, names), names)
+    if callable(result):
+        return flat(called(result, names), names)
+    return torch.cat([flat(part, names) for part in result])
 
 
 def schedule(cls):
-    row, t = cls(), torch.tensor([0.3, 0.7])
-    return torch.cat([row.sigma(t), row.sigma_inv(t), row.dsigma(t), row.s(t), row.ds(t),
-                      row.time_steps(5), row.training_sigma(t), row.weight(t),
-                      *row.precondition(t)])
+    column, t = cls(), torch.tensor([0.3, 0.7])
+    if not hasattr(column, "time_steps"):                        # Ladder: its levels are to come
+        column.levels, column.time_steps = GRID.flip(0), torch.zeros
+    members = (column.sigma, column.sigma_inv, column.dsigma, column.s, column.ds,
+               column.training_sigma, column.weight)
+    return torch.cat([f(t) for f in members] + [column.time_steps(5), *column.precondition(t)])
 
 
-IDENTITY = types.SimpleNamespace(sigma=lambda t: t, dsigma=torch.ones_like, s=torch.ones_like,
-                                 ds=torch.zeros_like)
-GRID = torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
-IMAGE = torch.linspace(-1, 1, 2 * 8 * 4 * 4).view(2, 8, 4, 4)
-PAST = []
-LAYERS = torch.nn.Sequential(torch.nn.Linear(3, 3))
-EMB = torch.linspace(-1, 1, 2 * 16).view(2, 16)
+def record(f):
+    finite = []
+    f(PAIR, finite, None)
+    return finite[0]
 
 
-def filled(module):
-    """Every parameter 0.1: fresh ones may be zero, or memory as it was found."""
-    for p in module.parameters():
-        p.data.fill_(0.1)
-    return module
+def initialise(f):
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    f(layers, False)
+    return layers[0].weight.detach()
 
 
-def unet(cls, adm):
-    net = cls(8, 3, width=8, mult=(1, 2), blocks=1, attend=(4,), classes=2, fourier=not adm,
-              residual=not adm, fir=(1, 3, 3, 1), augment_dim=9, adm=adm)
-    x = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
-    return net(x, torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), torch.ones(2, 9))
+def result(file, name, f):
+    torch.manual_seed(0)
+    if file == "schedules":
+        return schedule(f)
+    if name in ("record", "initialise"):                         # they return nothing
+        return {"record": record, "initialise": initialise}[name](f)
+    names = ARGUMENTS[file] | UNUSUAL.get(name, {})
+    if "callback" in inspect.signature(f).parameters:            # a sampler: all of its times
+        names = names | dict(t=GRID, sigma=GRID)
+    return flat(called(f, names), names)
 
 
-PAIR = torch.stack(start()[:2])
-WARP = torch.tensor([[1.0, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [1, 0, 0, 0, 0, 0, 0, 0]])
-
-
-def ema_of_two(update):
-    ema, model = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
-    update(ema, model, 0.3)
-    return ema.weight.detach()
-
-
-def running_beta(beta):
-    sigma, theta = start()[2], torch.ones(2, requires_grad=True)
-    beta.update(sigma, (PAIR[0] * theta).sum(1), (PAIR[1] * theta).sum(1), [theta])
-    return torch.cat([beta.sums.flatten(), beta(sigma).flatten()])
-
-
-CALLS = {
-    "Denoiser": lambda f: f(lambda x, c, *labels: x * c[:, None], lambda s: (s, s, s, s))(
-        torch.ones(2, 3), torch.tensor(0.5)),
-    "sinusoids": lambda f: f(torch.tensor([0.1, 7.0]), 8, endpoint=True),
-    "one_hot": lambda f: f(torch.tensor([1, -1]), 3, EMB),
-    "Fourier": lambda f: f(8)(torch.tensor([0.1, 7.0])),
-    "GroupNorm": lambda f: f(8, 1e-6)(IMAGE),
-    "Conv": lambda f: filled(f(8, 8, 3, down=True, fir=(1, 3, 3, 1), fused=True))(IMAGE),
-    "Block": lambda f: filled(f(8, 8, 16, up=True, attention=True))(IMAGE, EMB),
-    "MLP": lambda f: filled(f(2, 8, 2, 3))(torch.ones(2, 2), torch.tensor([0.1, 7.0]),
-                                           torch.tensor([0, 2])),
-    "UNet": lambda f: torch.cat([unet(f, False), unet(f, True)]),
-    "ConvBN": lambda f: filled(f(8, 4, (1, 3)).eval())(IMAGE),
-    "Mixed": lambda f: filled(f(8, {"branch3x3": [(4, 1), (3, (1, 3), (3, 1))],
-                                    "branch_pool": [(2, 1)]}).eval())(IMAGE),
-    "Inception": lambda f: torch.cat(f()(EMB[None, None].expand(1, 3, 2, 16)), dim=1),
-    "initialise": lambda f: f(LAYERS, False) or LAYERS[0].weight.clone(),
-    "target_coefficients": lambda f: torch.cat([c for target in ("eps", "x0", "v", "F")
-                                                for c in f(target, start()[2])]),
-    "dsm_loss": lambda f: f(denoise, *start(), torch.reciprocal),
-    "stf_target": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
-    "head_loss": lambda f: f(lambda x, sigma: (denoise(x, sigma), x), *start()),
-    "antithetic_loss": lambda f: f(denoise, *start(), torch.reciprocal),
-    "together": lambda f: f(denoise, PAIR, start()[2].expand(2, 4, 1)),
-    "stf_weights": lambda f: f(start()[0], start()[2], start()[1], chunk=3),
-    "rows": lambda f: torch.cat([y.flatten() for y in [*f(start()[0], PAIR, 3),
-                                                       *f(EMB.byte(), PAIR)]]),
-    "weighted_sum": lambda f: f(torch.ones(2, 4), start()[0], chunk=3),
-    "stf_loss": lambda f: f(denoise, *start(), torch.reciprocal, torch.multiply),
-    "others_mean": lambda f: torch.cat(f(start()[0], PAIR.flatten(0, 1)), dim=1),
-    "mean_correction": lambda f: f(start()[0], start()[2], PAIR.flatten(0, 1), start()[1],
-                                   torch.reciprocal),
-    "measure_gamma": lambda f: f(*start()[:2], start()[2][:, 0], PAIR.flatten(0, 1)),
-    "interpolate": lambda f: f(torch.tensor([0.1, 1.0, 2.0]), PAIR[0, :3, 0])(start()[2]),
-    "sa_tau": lambda f: torch.cat([f(GRID[:3].flip(0), torch.tensor([1, 3]), 2, kind)
-                                   for kind in ("unit", "window", "paper")]),
-    "path_noise": lambda f: f(PAIR, torch.stack([2 * start()[2], start()[2]])),
-    "sa_loss": lambda f: f(denoise, start()[0], PAIR, start()[2].expand(2, 4, 1),
-                           torch.reciprocal, torch.ones(2, 4, 1)),
-    "taylor_control": lambda f: f(start()[0], *start(), 0.5),
-    "taylor_terms": lambda f: torch.cat([t for order in (0, 1, 2) for t in f(
-        lambda x, s: s * x.sin(), *start(), torch.reciprocal, torch.reciprocal, order)]),
-    "stf_atoms": lambda f: torch.cat([t.flatten() for t in f(
-        start()[0], start()[2], start()[1], start()[2][:, 0] / 2, K=2)]),
-    "stf_taylor_terms": lambda f: torch.cat(f(
-        denoise, *start(), torch.reciprocal, torch.reciprocal,
-        lambda x, s: (PAIR, PAIR.new_full((2, 4), 0.5), x))),
-    "RunningBeta": lambda f: running_beta(f()),
-    "draw_augmentation": lambda f: f(4, 0.5),
-    "augment_labels": lambda f: f(WARP),
-    "augment": lambda f: f(IMAGE, WARP),
-    "augmented_stf_target": lambda f: f(IMAGE, EMB[:, :1, None, None].abs(), IMAGE.flip(1), WARP),
-    "ode_slope": lambda f: f(denoise, start()[0], GRID[0], IDENTITY),
-    "euler": lambda f: f(denoise, start()[0], GRID, IDENTITY),
-    "heun": lambda f: f(denoise, start()[0], GRID, IDENTITY),
-    "seeded_noise": lambda f: f([1, 2], (3,))(),
-    "edm_stochastic": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], S_churn=1.0),
-    "record": lambda f: f(start()[0], PAST, None) or PAST.pop(),
-    "checked": lambda f: f(start()[0], [torch.tensor(True)], GRID),
-    "guidance": lambda f: f(denoise, lambda x, sigma: 0 * x, 2.0)(start()[0], GRID[0]),
-    "dormand_prince": lambda f: torch.cat(f(lambda x, t: t * x, start()[0], GRID[1], GRID[2],
-                                            start()[1])),
-    "rk45": lambda f: f(lambda x, sigma, label: label * denoise(x, sigma), start()[0], GRID,
-                        IDENTITY, labels=(start()[2],))[0],
-    "ddim": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], 0.5,
-                        lambda x, sigma, D: 0.1 * sigma, 1),
-    "ddpm": lambda f: f(denoise, start()[0], GRID, lambda: start()[1], "beta", 2),
-    "analytic_covariance": lambda f: f([0.5, 3.0], [0.4, 0.9])(*start()[:1], GRID[1], None),
-    "sn_covariance": lambda f: f(denoise)(start()[0], GRID[1], start()[1]),
-    "npr_covariance": lambda f: f(denoise)(start()[0], GRID[1], start()[1]),
-    "langevin": lambda f: f(*start()[:2], start()[1], start()[2]),
-    "snr_step": lambda f: f(*start()[:2], 0.16, 0.9),
-    "predictor_corrector": lambda f: f(denoise, start()[0], GRID, IDENTITY, lambda: start()[1]),
-    "ema_beta": lambda f: torch.tensor([f(0.1, 5), f(100, 5, 10, 0.5)]),
-    "update_ema": ema_of_two,
-    "exponent": lambda f: torch.tensor(f(0.1)),
-    "mixture": lambda f: torch.from_numpy(f([1, 2], [0.1, 0.05], 2, 0.1)[0]),
-    "reconstruct": lambda f: f([1, 2], lambda step: dict(step=step, ema={"0.1": {"w": start()[0]}}),
-                               0.1)["w"],
-}
-CALLS |= {f"{name}_weight": lambda f: f(start()[2])
-          for name in ("constant", "p2", "min_snr", "inverse_snr", "debias", "edm")}
-CALLS |= {name: schedule for name in ("VP", "VE", "EDM", "IDDPM", "DDPM")}
-
-
-@pytest.mark.parametrize("file, name", FOUND, ids=lambda v: v)
+@every_function
 def test_runs_alone(file, name):
-    results = []
-    for f in (getattr(importlib.import_module(file), name), pasted(file, name)):
-        torch.manual_seed(0)
-        results.append(CALLS[name](f))
-    assert torch.equal(results[0], results[1]) and results[0].isfinite().all()
+    module = types.ModuleType("pasted")
+    sys.modules["pasted"] = module                               # dataclass looks its module up
+    source, needs, _ = FILES[file][name]
+    exec("\n\n".join([HEADER, *(FILES[file][n][0] for n in sorted(needs)), source]), vars(module))
+    theirs = result(file, name, getattr(importlib.import_module(file), name))
+    alone = result(file, name, getattr(module, name))
+    assert torch.equal(theirs, alone) and theirs.isfinite().all()

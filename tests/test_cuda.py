@@ -1,18 +1,29 @@
 """What needs a GPU; collected everywhere, skipped without one."""
 
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-import datasets
 import evaluate
 import losses
-import runs
 import train
 from samplers import heun
 from schedules import EDM
 
-pytestmark = [pytest.mark.cuda,
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("folder"),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+DIGITS = ["--data", "digits", "--device", "cuda", "--sample-steps", "2", "--out", "run"]
+
+
+def logged(name):
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 def test_stf_target_equals_float64_on_the_cpu_under_tf32_and_autocast():
@@ -39,31 +50,58 @@ def test_stf_memory_is_not_b_n_d():
     assert torch.cuda.max_memory_allocated() - before < 4 * B * n * d / 20
 
 
+def test_micro_batches_take_less_memory():
+    peaks = []
+    for part in (128, 16):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train.run(train.Options(batch=128, steps=2, loss="dsm", eval_every=0, device="cuda",
+                                micro_batch=part), brief=True)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] / 3
+
+
 @pytest.mark.parametrize("schedule", ["edm", "vp", "ddpm"])
-def test_trains_samples_and_resumes_on_the_gpu(schedule, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    argv = ["--schedule", schedule, "--cond", "--steps", "4", "--checkpoint-every", "2",
-            "--sample-steps", "2", "--out", "run"]
+def test_trains_samples_and_resumes_on_the_gpu(schedule):
+    argv = [*DIGITS, "--schedule", schedule, "--steps", "4", "--checkpoint-every", "2"]
     assert train.main(argv) == 0
     assert train.main(["--resume", "run", "--steps", "6"]) == 0
-    for sampler in runs.SAMPLERS:
+    for sampler in evaluate.SAMPLERS:
         assert evaluate.main(["sample", "run", "--sampler", sampler, "--steps", "3", "--num", "4",
-                              *(["--churn", "1"] if sampler == "edm-stochastic" else [])]) == 0
+                              *(["--S_churn", "1"] if sampler == "edm-stochastic" else [])]) == 0
 
 
 @pytest.mark.parametrize("more", [
-    "--loss dsm", "--loss antithetic", "--loss sa --K 3 --level-noise path", "--loss taylor",
-    "--loss taylor --order 2", "--loss stf-taylor", "--loss stf-taylor --control atoms",
-    "--loss stf --augment 0.5 --xflip", "--head sn"])
-def test_every_objective_trains_on_the_gpu(more, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert train.main([*more.split(), "--steps", "12", "--sample-steps", "2", "--out", "run"]) == 0
+    "--loss dsm --amp none", "--loss antithetic --amp fp16", "--loss taylor --order 1",
+    "--loss sa --K 3 --level-noise path --amp bf16", "--loss taylor --order 2 --amp bf16",
+    "--loss stf --augment 0.5 --xflip", "--loss stf --compile", "--loss stf --arch adm --width 64"])
+def test_every_objective_trains_on_the_gpu_in_every_number_type_and_compiled(more):
+    assert train.main([*DIGITS, *more.split(), "--steps", "12"]) == 0
+    found = logged("loss")
+    assert len(found) >= 8 and torch.tensor(found).isfinite().all()       # fp16 may skip the first
+    state = evaluate.load_checkpoint("run")
+    assert all(weight.dtype == torch.float32 for weight in state["model"].values())
+
+
+def test_a_head_trains_on_the_gpu():
+    assert train.main([*DIGITS[:-1], "first", "--steps", "4"]) == 0
+    assert train.main([*DIGITS, "--head", "sn", "--init", "first", "--steps", "4"]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_of_nccl_train_as_one_process_does():
+    argv = ["--batch", "32", "--steps", "5", "--amp", "none"]
+    assert train.main([*DIGITS, *argv]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, train.__file__, *DIGITS[:-1], "two", *argv], check=True)
+    one, two = (evaluate.load_checkpoint(name)["model"] for name in ("run", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
-    given = {k.replace("_", "-"): v for k, v in vars(train.parser().parse_args([])).items()}
-    options = train.resolve(given, datasets.load_data("digits"))
-    denoiser = runs.build_denoiser(options).cuda().eval()
+    denoiser = evaluate.build_denoiser(train.resolve(
+        train.Options(device="cuda"), evaluate.load_data("digits"))).cuda().eval()
     row = EDM()
     t = row.time_steps(4)
     x, calls = torch.randn(2, 3, 16, 16, device="cuda") * t[0], []
@@ -78,3 +116,19 @@ def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 7
+
+
+def test_the_loop_of_a_training_does_not_wait_for_the_gpu(monkeypatch):
+    """From the third step to the last but one: no status line, no checkpoint falls due."""
+    draw_batch, clock = train.draw_batch, itertools.count()
+
+    def draw(*given):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= given[-1] < 8 else "default")
+        return draw_batch(*given)
+    monkeypatch.setattr(train, "draw_batch", draw)
+    monkeypatch.setattr(train.time, "time", lambda: next(clock) / 1000)
+    try:
+        for loss in ("stf", "dsm", "sa", "taylor"):
+            assert train.main([*DIGITS[:-1], loss, "--loss", loss, "--steps", "9"]) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,281 +1,590 @@
-"""evaluate.py: distances, pictures, and samples that do not depend on their company."""
+"""evaluate.py: samples that depend on their seeds alone, distances in closed form, the commands."""
 
-import csv
+import hashlib
+import itertools
+import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import datasets
 import evaluate
-import runs
 import train
+from evaluate import (SAMPLERS, VARIANCES, BadInput, denoising_error, frechet_distance, generate,
+                      load_data, load_run, noise_table, run_distance)
+from networks import Inception
 from schedules import SCHEDULES
 
-
-# ---- Frechet distance ----------------------------------------------------------------------------
-
-def gaussian(d, rank, seed):
-    rng = np.random.default_rng(seed)
-    A = rng.standard_normal((d, rank))
-    return rng.standard_normal(d), A @ A.T / rank
+TINY = "--width 8 --mult 1,1 --blocks 1 --batch 8 --warmup 0 --sample-steps 1 --eval-every 0"
 
 
-def test_frechet_equals_the_textbook_formula():
-    """Tr (C1 C2)^{1/2} = sum of the square roots of the (real, positive) eigenvalues of C1 C2."""
-    (m1, c1), (m2, c2) = gaussian(6, 12, 0), gaussian(6, 12, 1)
-    root = np.sqrt(np.linalg.eigvals(c1 @ c2).astype(complex)).sum().real
-    textbook = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2) - 2 * root
-    assert evaluate.frechet_distance(m1, c1, m2, c2) == pytest.approx(textbook, rel=1e-10)
+def normal(n, d, seed=0, shift=0.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).double() + shift
 
 
-def test_frechet_of_commuting_covariances_is_a_difference_of_deviations():
-    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 0.0, 1.0])
-    zero = np.zeros(3)
-    assert evaluate.frechet_distance(zero, np.diag(a), zero, np.diag(b)) == pytest.approx(
-        ((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
+def options_of(**more):
+    """What evaluate.py reads of a run's options: of points without classes, but for `more`."""
+    return SimpleNamespace(**dict(
+        shape=(2,), classes=(), counts=(), device="cpu", schedule="edm", P_mean=-1.2, P_std=1.2,
+        head="none", label_dropout=0.0, size=None, data_dir="data", seed=0) | more)
 
-
-def test_frechet_is_zero_with_itself_symmetric_and_finite_when_singular():
-    (m1, c1), (m2, c2) = gaussian(8, 3, 0), gaussian(8, 2, 1)
-    assert evaluate.frechet_distance(m1, c1, m1, c1) == pytest.approx(0, abs=1e-6)
-    forth = evaluate.frechet_distance(m1, c1, m2, c2)
-    back = evaluate.frechet_distance(m2, c2, m1, c1)
-    assert np.isfinite(forth) and forth == pytest.approx(back, rel=1e-6)
-
-
-def test_pixel_features_are_the_pixels_averaged_to_at_most_16():
-    x = torch.randn(2, 3, 32, 32)
-    assert evaluate.pixel_features(x).shape == (2, 3 * 256)
-    assert np.allclose(evaluate.pixel_features(x)[0, 0], x[0, 0, :2, :2].mean())
-    assert np.allclose(evaluate.pixel_features(x[..., :8, :8]), x[..., :8, :8].flatten(1))
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
-
-def test_grid_shows_every_image_unchanged(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
-    grid = np.asarray(runs.tile(x))                             # 2 rows of 3, zoomed by 4
-    assert grid.shape == (2 * 64, 3 * 64, 3)
-    assert (grid[64:128:4, 128:192:4].transpose(2, 0, 1) == x[5]).all()
-    runs.save_pictures(tmp_path / "two.png", [("left", x), ("right, gray", x[:, :1])])
-    assert Image.open(tmp_path / "two.png").size[0] > 2 * 192
-    assert [p.name for p in tmp_path.iterdir()] == ["two.png"]
-
-
-def test_to_uint8_maps_the_interval_and_clips():
-    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5)
-    assert runs.to_uint8(x).ravel().tolist() == [0, 0, 128, 255, 255]
-
-
-# ---- Sampling ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A class-conditional run of a few steps on 8x8 noise, with a head for each covariance."""
+    """A class-conditional run of a few steps on 8x8 noise; beside it one with each head."""
     folder = tmp_path_factory.mktemp("run")
-    rng = np.random.default_rng(0)
-    np.savez(folder / "images.npz", images=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8),
-             labels=np.arange(40) % 2)
-    argv = ["--data", str(folder / "images.npz"), "--cond", "--width", "8", "--mult", "1,1",
-            "--blocks", "1", "--batch", "8", "--steps", "5", "--warmup", "0", "--sample-steps", "1",
-            "--label-dropout", "0.2"]
-    assert train.main([*argv, "--out", str(folder / "run")]) == 0
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=np.arange(40) % 2)
+    argv = f"--data {folder}/images.npz --cond --steps 5 --label-dropout 0.2 {TINY}".split()
+    assert train.main([*argv, "--out", f"{folder}/run"]) == 0
     for head in ("sn", "npr"):
-        assert train.main([*argv, "--head", head, "--init", str(folder / "run"),
-                           "--out", str(folder / head)]) == 0
+        assert train.main([*argv, "--head", head, "--init", f"{folder}/run",
+                           "--out", f"{folder}/{head}"]) == 0
     return folder / "run"
 
 
-def draw(run, *argv):
-    out = run / "out.npz"
-    assert evaluate.main(["sample", str(run), "--out", str(out), *argv]) == 0
-    return np.load(out)["images"]
+def by_class(x, sigma, labels=None, head=False):
+    """An exact denoiser, of images lighter in class 1 than in class 0; and a head's output."""
+    mean = 0 * x if labels is None else (0.8 * labels - 0.4).to(x).view(-1, 1, 1, 1)
+    D = mean + 0.2 / (0.2 + sigma ** 2) * (x - mean)
+    return (D, torch.full_like(x, 0.3)) if head else D
 
 
-@pytest.mark.parametrize("sampler", [
-    "heun", "euler", "edm-stochastic --churn 2", "ddim", "ddim --eta 0.5", "ddpm", "pc",
-    "ddpm --variance beta", "ddpm --variance analytic", "ddim --variance analytic",
-    "rk45 --rtol 1e-2", "heun --guidance 2", "rk45 --rtol 1e-2 --guidance 2", "heun --schedule vp",
-    "pc --schedule vp", "rk45 --rtol 1e-2 --schedule ddpm"])
-def test_sample_i_is_the_same_in_any_batch(run, sampler, capsys):
-    argv = ["--sampler", *sampler.split(), "--steps", "4"]
-    whole = draw(run, *argv, "--num", "7").astype(int)
-    assert whole.shape == (7, 3, 8, 8) and whole.std() > 1
-    twos = draw(run, *argv, "--num", "7", "--batch", "2")
-    assert abs(whole - twos).max() <= 1                                  # rounding at most
-    later = draw(run, *argv, "--num", "5", "--seed", "2")
-    assert abs(whole[2:3] - later[:1]).max() <= 1                        # seed 2, class 0, both
-    assert abs(whole[0] - whole[2]).max() > 1
+@pytest.fixture(scope="module")
+def images(run):
+    """The options of a run on images.npz whose denoiser is by_class."""
+    data = load_data(f"{run.parent}/images.npz")
+    return options_of(data=f"{run.parent}/images.npz", fingerprint=data.fingerprint,
+                      shape=(3, 8, 8), classes=("0", "1"), counts=(20, 20), label_dropout=0.1)
+
+
+def with_head(options, variance=None, **how):
+    """The options of a run with the head that a variance needs."""
+    head = variance if variance in ("sn", "npr") else "none"
+    return SimpleNamespace(**vars(options) | dict(head=head))
+
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+WAYS = [*[(name, {}) for name in SAMPLERS], ("ddim", dict(eta=0.5)),
+        ("edm-stochastic", dict(S_churn=2.0)), *[("ddpm", dict(variance=v)) for v in VARIANCES],
+        *[("ddim", dict(variance=v)) for v in VARIANCES if v != "beta"],
+        ("heun", dict(guide=2.0)), ("rk45", dict(guide=2.0)),
+        *[(name, dict(schedule=SCHEDULES["vp"]())) for name in ("heun", "pc", "rk45")]]
+
+
+@pytest.mark.parametrize("sampler, how", WAYS)
+def test_sample_i_depends_on_its_seed_and_its_label_alone(images, sampler, how):
+    def samples(seeds, labels, batch):
+        return generate(by_class, with_head(images, **how), seeds, sampler, 4, torch.tensor(labels),
+                        batch=batch, **how)
+    x = samples([5, 6, 7, 8, 9], [0, 1, 0, 1, 1], batch=5)
+    assert x.shape == (5, 3, 8, 8) and x.dtype == torch.float32
+    some = samples([9, 8, 5], [1, 1, 0], batch=2)
+    assert torch.allclose(some, x[[4, 3, 0]], rtol=1e-4, atol=1e-4)
+    for other in (samples([9], [0], batch=1), samples([10], [1], batch=1)):
+        assert (other - x[4]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("sampler", runs.SAMPLERS)
-def test_every_sampler_runs_in_every_schedule_in_one_step_too(run, sampler, schedule, capsys):
-    argv = ["--sampler", sampler, "--schedule", schedule, "--num", "2"]
-    argv += ["--rtol", "0.01"] if sampler == "rk45" else []
-    for steps in "1", "3":
-        assert draw(run, *argv, "--steps", steps).shape == (2, 3, 8, 8)
+def test_every_sampler_starts_from_the_schedules_own_noise_in_one_step_too(schedule):
+    """The denoiser first sees x = sigma(t_0) noise, whatever the frame s(t) x of the sampler."""
+    seen, column = [], SCHEDULES[schedule]()
+
+    def denoise(x, sigma):
+        seen.append((x.std().item(), sigma.flatten()[0].item()))
+        return x / (1 + sigma ** 2)
+    for sampler in SAMPLERS:
+        for steps in (1, 3):
+            seen.clear()
+            x = generate(denoise, options_of(schedule=schedule), range(500), sampler, steps,
+                         batch=500, **(dict(rtol=0.01) if sampler == "rk45" else {}))
+            first = float(column.sigma(column.time_steps(steps)[0]))
+            assert seen[0] == pytest.approx((first, first), rel=0.1) and x.isfinite().all()
+
+
+def test_samples_start_from_noise_that_training_does_not_draw():
+    starts = []
+
+    def denoise(x, sigma):
+        starts.append(x / sigma)
+        return 0 * x
+    generate(denoise, options_of(), range(8), "euler", 1)
+    drawn = [torch.randn(2, generator=train.generator(0, step, stream))
+             for step in range(8) for stream in range(4)]
+    assert torch.cdist(starts[0], torch.stack(drawn)).min() > 1e-3
+
+
+def test_limits_of_the_choices_are_other_samplers(images):
+    def samples(*given, **how):
+        return generate(by_class, images, range(3), *given, steps=6, **how)
+    for same in (samples("edm-stochastic"), samples("edm-stochastic", S_churn=3.0, S_tmin=1e4),
+                 samples("edm-stochastic", S_churn=3.0, S_tmax=1e-4)):
+        assert torch.allclose(same, samples("heun"), rtol=1e-4, atol=1e-5)
+    for same in (samples("ddim", eta=0.0), samples("euler-maruyama", beta=0.0)):
+        assert torch.allclose(same, samples("euler"), rtol=1e-4, atol=1e-5)
+    last = samples("ddim", eta=1.0) - samples("ddpm")      # DDPM's last noise may be twice DDIM's
+    assert last.abs().max() < 0.05 < samples("ddpm").std()
+
+
+CHOICES = sorted({(sampler, choice) for sampler in SAMPLERS for choice in SAMPLERS[sampler]})
+
+
+def draw(run, *argv):
+    out = f"{run.parent}/out.npz"
+    assert evaluate.main(["sample", str(run), "--out", out, *map(str, argv)]) == 0
+    return np.load(out)["images"]
+
+
+@pytest.mark.parametrize("sampler, choice", CHOICES)
+def test_every_choice_of_a_sampler_changes_its_samples(run, sampler, choice):
+    def samples(value):
+        more = ["--S_churn", 5] if choice.startswith("S_t") or choice == "S_noise" else []
+        folder = run.parent / value if value in ("sn", "npr") else run
+        return draw(folder, "--sampler", sampler, "--num", 2, "--steps", 12, *more, f"--{choice}",
+                    value)
+    values = [0.001, 0.9] if choice != "variance" else [v for v in VARIANCES if (
+        sampler, v) != ("ddim", "beta")]
+    for a, b in itertools.combinations([samples(value) for value in values], 2):
+        assert (a != b).any()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_choice_of_another_sampler_is_refused(images, sampler):
+    for name in evaluate.CHOICES:
+        if name not in SAMPLERS[sampler]:
+            with pytest.raises(BadInput, match=f"--{name}: not of --sampler {sampler}"):
+                generate(by_class, images, range(2), sampler, **{name: 0.5})
+
+
+@pytest.mark.parametrize("variance", ["analytic", "sn", "npr"])
+def test_guidance_is_refused_where_a_variance_is_measured(images, variance):
+    """The variance is that of the conditional denoiser, and guidance samples from another one."""
+    options = with_head(images, variance)
+    for sampler in ("ddpm", "ddim"):
+        generate(by_class, options, [1], sampler, 2, variance=variance)
+        with pytest.raises(BadInput, match="--guidance"):
+            generate(by_class, options, [1], sampler, 2, guide=2.0, variance=variance)
+
+
+def test_rk45_takes_its_own_steps(images):
+    for schedule in (None, SCHEDULES["ddpm"]()):
+        few, many = (generate(by_class, images, range(2), "rk45", steps, schedule=schedule)
+                     for steps in (1, 5000))
+        assert torch.equal(few, many)
+
+
+def test_guidance_exaggerates_the_class(images):
+    """Class 0 has the mean gray -.4, all images together 0."""
+    labels, gray = torch.zeros(200).long(), []
+    for guide in (0.0, 1.0, 3.0):
+        x = generate(by_class, images, range(200), steps=4, labels=labels, guide=guide, batch=200)
+        gray.append(float(x.mean()))
+    assert gray == pytest.approx([0, -0.4, -1.2], abs=0.05)
 
 
 @pytest.mark.parametrize("head", ["sn", "npr"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_head_learns_alone_and_its_covariance_is_used(run, head, sampler, capsys):
-    """The trunk is the run's own, so deterministic samples are; and NFE is one a step."""
-    trained, folder = runs.load_run(run)[0].state_dict(), run.parent / head
-    with_head = runs.load_run(folder)[0].state_dict()
-    extra = {name for name in with_head if name not in trained}
-    assert extra == {"model.head.weight", "model.head.bias"} and with_head["model.head.bias"].any()
-    assert all(torch.equal(trained[name], with_head[name]) for name in trained)
-    argv = ["--num", "4", "--sampler", sampler, "--steps", "5"]
-    capsys.readouterr()
-    learned = draw(folder, *argv, "--variance", head)
+def test_a_head_costs_no_calls(run, head, capsys):
+    draw(run.parent / head, "--num", 4, "--sampler", "ddpm", "--steps", 5, "--variance", head)
     assert "NFE 5," in capsys.readouterr().out
-    assert (learned != draw(folder, *argv)).any()
 
 
-def test_head_learns_what_it_is_named_for(tmp_path, monkeypatch, capsys):
-    """A point mass at 0: eps_hat = eps, so h -> eps^2 = (x/sigma)^2 for SN and 0 for NPR."""
+def test_a_head_learns_what_it_is_named_for(tmp_path, monkeypatch):
+    """A point mass at 0: eps = x/sigma, so that h -> eps^2 for SN, and (D/sigma)^2 for NPR."""
     monkeypatch.chdir(tmp_path)
     np.save("zero.npy", np.zeros((64, 2), np.float32))
-    found = {}
+    argv = "--data zero.npy --batch 64 --warmup 0 --lr 0.01 --sample-steps 1 --eval-every 0".split()
+    assert train.main([*argv, "--width", "64", "--steps", "150", "--out", "run"]) == 0
+    noise, sigma = normal(2000, 2).float(), torch.tensor(0.3)
     for head in ("sn", "npr"):
-        assert train.main(["--data", "zero.npy", "--head", head, "--steps", "600", "--batch", "256",
-                           "--width", "64", "--loss", "dsm", "--sample-steps", "1", "--out",
-                           head]) == 0
-        denoiser = runs.load_run(head)[0]
-        noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+        more = f"--init run --head {head} --steps 200 --out {head}".split()
+        assert train.main([*argv, *more]) == 0
         with torch.no_grad():
-            found[head] = denoiser.with_head(0.3 * noise, torch.tensor(0.3))[1]
-    assert (found["sn"] - noise ** 2).square().mean() < 0.3 * (noise ** 2).var()
-    assert found["npr"].abs().mean() < 0.1
+            D, h = load_run(head)[0](sigma * noise, sigma, head=True)
+        want = noise ** 2 if head == "sn" else (D / sigma) ** 2
+        assert (h - want).square().mean() < 0.3 * (noise ** 2).var()
 
 
-def test_analytic_moments_are_measured_once_and_right_for_a_gaussian(tmp_path, monkeypatch):
-    """N(0, v) and its exact D: E|eps_hat|^2/d = sigma^2/(v + sigma^2)."""
+@pytest.mark.parametrize("variance", ["analytic", "sn", "npr"])
+def test_measured_variances_draw_gaussian_data_exactly_in_few_steps(variance, tmp_path,
+                                                                   monkeypatch):
+    """N(0, v), its exact D and heads: DDPM has the right variance, and loses half without them.
+
+    In two steps, all of it is Cov[x0 | x] at sigma 80, which analytic_moments must measure well.
+    """
     monkeypatch.chdir(tmp_path)
     v = 0.3
-    np.save("x.npy", (np.random.default_rng(0).standard_normal((4000, 2)) * v ** 0.5).astype("f4"))
-    options = {"data": "x.npy", "data-dir": "data", "size": None, "seed": 0, "cond": False,
-               "fingerprint": datasets.load_data("x.npy").fingerprint}
-    calls = []
+    np.save("x.npy", normal(4000, 2).float().numpy() * v ** 0.5)
+    options = options_of(data="x.npy", fingerprint=load_data("x.npy").fingerprint, head=variance)
 
-    def denoise(x, sigma, labels=None):
-        calls.append(1)
-        return v / (v + sigma ** 2) * x
-    levels, moments = runs.analytic_moments(".", denoise, options, 7, count=4000)
-    spread = [s ** 2 * (1 - moment) for s, moment in zip(levels, moments)]        # Cov[x0 | x]
-    want = [v * s ** 2 / (v + s ** 2) for s in levels]
-    assert len(levels) == 33 and spread == pytest.approx(want, rel=0.15)
-    first = len(calls)
-    assert runs.analytic_moments(".", denoise, options, 7) == (levels, moments)
-    assert len(calls) == first and Path("analytic-ema-0000007.json").exists()
-    with pytest.raises(datasets.BadInput, match="other data"):
-        runs.analytic_moments(".", denoise, options | {"fingerprint": "another"}, 8)
+    def denoise(x, sigma, head=False):
+        D, spread = v / (v + sigma ** 2) * x, v / (v + sigma ** 2)     # Cov[x0 | x]/sigma^2
+        return (D, spread + ((x - D) / sigma) ** 2 * (variance == "sn")) if head else D
+    for steps in (2, 3):
+        found, without = (generate(denoise, options, range(4000), "ddpm", steps, batch=4000,
+                                   variance=name).var() for name in (variance, "beta_tilde"))
+        assert found == pytest.approx(v, rel=0.15) and without < 0.5 * v
+    options.fingerprint = "another"
+    if variance == "analytic":
+        with pytest.raises(BadInput, match="trained on other data"):
+            generate(denoise, options, range(2), "ddpm", variance="analytic")
 
 
-def test_names_of_samples_tell_their_choices_apart(run, capsys):
+# ---- Classes -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("counts", [[9, 1], [5, 3, 2], [1] * 10, [1000, 1]])
+def test_drawn_labels_have_the_shares_of_the_data_and_depend_on_the_seed_alone(counts):
+    options = options_of(classes=list("abcdefghij")[:len(counts)], counts=counts)
+    share = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    for n in (10, 80, 500, 2000, 50_000):
+        labels = evaluate.draw_labels(range(n), options)
+        found = torch.bincount(labels, minlength=len(counts)) / n
+        assert (found - share).abs().max() <= 2 / n
+    assert torch.equal(evaluate.draw_labels([777, 5, 49_999], options), labels[[777, 5, 49_999]])
+    assert evaluate.draw_labels(range(9), options_of()) is None
+
+
+def uneven(n):
+    """Two Gaussians of deviation .1, nine rows at -.9 for each at +.9: data, denoiser, options."""
+    labels = torch.arange(n) % 10 // 9
+    x = 1.8 * labels[:, None] - 0.9 + 0.1 * normal(n, 2)
+    np.savez("uneven.npz", images=x.float().numpy(), labels=labels.numpy())
+
+    def denoise(x, sigma, labels):
+        mean = (1.8 * labels[:, None] - 0.9).to(x)
+        return mean + 0.01 / (0.01 + sigma ** 2) * (x - mean)
+    data = load_data("uneven.npz")
+    return data, denoise, options_of(classes=data.classes, counts=np.bincount(data.labels))
+
+
+def test_an_exact_conditional_denoiser_reaches_the_floor_on_uneven_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, denoise, options = uneven(4000)
+    features = evaluate.extractor("pixels", (2,))
+    real = evaluate.real_statistics(data, 2000, features)
+    exact = run_distance(denoise, options, 2000, features, real)
+    assert exact < 20 * real["floor"] < 0.02
+    options.counts = [1, 1]                        # equally many of each would be far away
+    assert run_distance(denoise, options, 2000, features, real) > 100 * exact
+
+
+def test_a_class_can_be_named_and_a_picture_has_a_row_for_each(run):
+    zero, one = (draw(run, "--class", k, "--num", 2, "--steps", 2).astype(int) for k in "01")
+    both = draw(run, "--num", 2, "--steps", 2)
+    assert abs(both - [zero[0], one[1]]).max() <= 1 and abs(zero - one).max() > 1
+
+
+# ---- Pictures, the sample command ----------------------------------------------------------------
+
+def test_a_picture_shows_every_image_unchanged(run, capsys):
+    x = draw(run, "--num", 4, "--steps", 2)
+    assert evaluate.main(["sample", str(run), "--num", "4", "--steps", "2"]) == 0
+    path = Path(capsys.readouterr().out.split()[-1])
+    assert path == run / "heun-2.png" and not list(run.glob("*.png.part"))
+    page = np.asarray(Image.open(path))
+    for image in x.transpose(0, 2, 3, 1):                              # zoomed to cells of 64x64
+        zoomed = np.repeat(np.repeat(image, 8, 0), 8, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(page[:, :, 0], (64, 64))
+        corners = np.argwhere((windows[:, :, ::8, ::8] == image[:, :, 0]).all((2, 3)))
+        assert any((page[i:i + 64, j:j + 64] == zoomed).all() for i, j in corners)
+
+
+def test_samples_are_saved_from_minus_1_to_1_as_0_to_255_and_clipped(run, monkeypatch):
+    levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5, 0.0, 0.0]).expand(1, 3, 8, 8)
+    monkeypatch.setattr(evaluate, "generate", lambda *given, **how: levels.repeat(2, 1, 1, 1))
+    assert draw(run, "--num", 2)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 191, 128, 128]
+
+
+def test_names_of_pictures_tell_their_choices_apart(run, monkeypatch, capsys):
     names = set()
     for more in ("", "--class 1", "--sampler ddpm", "--seed 3", "--sampler ddpm --variance beta",
                  "--schedule vp", "--guidance 2", "--weights raw"):
         assert evaluate.main(["sample", str(run), "--num", "2", "--steps", "1", *more.split()]) == 0
         names.add(capsys.readouterr().out.split()[-1])
     assert len(names) == 8 and str(run / "ddpm-1-variance-beta.png") in names
+    monkeypatch.chdir(run)                         # of a checkpoint's name: into its folder
+    assert evaluate.main("sample checkpoint-0000005.pt --num 2 --steps 2".split()) == 0
+    assert Path(capsys.readouterr().out.split()[-1]).resolve().parent == run
 
 
-def test_guidance_exaggerates_the_class(run, capsys):
-    none, plain, strong = (draw(run, "--num", "4", "--guidance", w, "--steps", "4").astype(int)
-                           for w in ("0", "1", "3"))
-    assert abs(strong - none).mean() > abs(plain - none).mean() > 0
-
-
-def test_nfe_is_a_table_a_csv_and_a_picture_of_nfe_and_distance(run, tmp_path, capsys):
-    argv = ["nfe", str(run), "--num", "6", "--steps", "2", "3", "--out", str(tmp_path)]
-    assert evaluate.main(argv) == 0
-    printed = capsys.readouterr().out
-    header, *rows = csv.reader((tmp_path / "nfe.csv").read_text().splitlines())
-    assert header == ["sampler", "steps", "NFE", "frechet_pixels_6"]
-    nfe = {(row[0], row[1]): float(row[2]) for row in rows}
-    assert nfe["euler", "2"] == 2 and nfe["heun", "3"] == 5 and nfe["pc", "3"] == 6
-    assert nfe["edm-stochastic churn 3.0", "2"] == 3 and ("rk45", "rtol 0.01") in nfe
-    assert {row[0].split()[0] for row in rows} == {*runs.SAMPLERS, "6"}
-    assert len(rows) == 11 * 2 + 2 + 2 and all(float(row[3]) >= 0 for row in rows)
-    assert all(name in printed for name, _ in nfe)
-    distance = {(row[0], row[1]): float(row[3]) for row in rows}
-    assert distance["euler", "2"] == pytest.approx(distance["ddim eta 0.0", "2"], rel=1e-3)
-
-
-def test_class_is_a_name_or_a_number_and_matters(run, capsys):
-    zero, one = (draw(run, "--class", k, "--num", "2", "--steps", "2") for k in "01")
-    both = draw(run, "--num", "2", "--steps", "2")
-    assert abs(both[0].astype(int) - zero[0]).max() <= 1
-    assert abs(both[1].astype(int) - one[1]).max() <= 1
-
-
-def test_sample_saves_a_labelled_grid_in_the_run(run, capsys):
-    assert evaluate.main(["sample", str(run), "--num", "4", "--steps", "1"]) == 0
-    path = capsys.readouterr().out.split()[-1]
-    assert Path(path).parent == run and Image.open(path).mode == "RGB"
-
-
-@pytest.mark.parametrize("sampler, nfe", [("heun", 19), ("euler", 10), ("edm-stochastic", 19)])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_generate_starts_from_the_schedules_own_noise(schedule, sampler, nfe):
-    """With D = 0 (all data at 0), x at t_0 is s sigma noise, whatever the row and the sampler."""
-    seen = []
-
-    def denoise(x, sigma, labels=None):
-        seen.append((x.std().item(), float(sigma)))
-        return torch.zeros_like(x)
-    row = SCHEDULES[schedule]()
-    x = runs.generate(denoise, range(2000), (2,), sampler, row, 10, batch=2000)
-    assert len(seen) == nfe
-    assert seen[0][0] == pytest.approx(seen[0][1], rel=0.05)             # D sees x/s
-    assert x.std() < 0.05 * seen[0][1]
-
-
-@pytest.mark.parametrize("argv", [
-    ["sample", "nowhere"], ["sample"], ["draw"], ["sample", "RUN", "--steps", "0"],
-    ["sample", "RUN", "--class", "cat"], ["sample", "RUN", "--sampler", "magic"],
-    ["sample", "RUN", "--num", "-3"], ["sample", "RUN", "--out", "no/such/folder/x.png"],
-    ["sample", "RUN", "--device", "abacus"], ["sample", "RUN", "--batch", "0"],
-    ["sample", "RUN", "--churn", "-1"], ["sample", "RUN", "--churn", "1"],
-    ["sample", "RUN", "--out", "RUN"], ["sample", "RUN", "--out", "x.jpg"],
-    ["sample", "RUN", "--seed", "x"], ["sample", "RUN", "--eta", "0.5"],
-    ["sample", "RUN", "--sampler", "ddim", "--eta", "2"],
-    ["sample", "RUN", "--sampler", "ddim", "--variance", "beta"],
-    ["sample", "RUN", "--sampler", "ddpm", "--variance", "npr"],
-    ["sample", "RUN", "--sampler", "heun", "--rtol", "1e-3"],
-    ["sample", "RUN", "--sampler", "rk45", "--rtol", "0"],
-    ["sample", "RUN", "--schedule", "cosine"], ["nfe", "RUN", "--steps", "0"],
-    ["nfe", "RUN", "--schedule", "iddpm", "--steps", "2000"],
-    ["nfe", "RUN", "--num", "1"], ["nfe", "RUN", "--num", "20000"],
-    ["sample", "RUN", "--seed", str(10 ** 23)],
-    ["sample", "RUN", "--sampler", "pc", "--snr", "1e9"],
-    ["sample", "RUN", "--sampler", "rk45", "--rtol", "1e-12"]])
-def test_bad_input_is_one_sentence(argv, run, capsys):
-    assert evaluate.main([str(run) if a == "RUN" else a for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("evaluate.py: ") and error.count("\n") == 1 and len(error) > 30
-
-
-def test_too_many_steps_of_a_ladder_are_refused_with_a_sentence(tmp_path, monkeypatch, capsys):
+def test_a_gif_shows_the_state_after_each_step_and_ends_with_the_samples(images, tmp_path,
+                                                                         monkeypatch):
+    """The states stand in the frame s(t) x in pc, and not in ddpm: each frame has full contrast."""
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--data", "checkerboard", "--schedule", "ddpm", "--width", "8", "--steps",
-                       "1", "--sample-steps", "1", "--out", "run"]) == 0
+    images = SimpleNamespace(**vars(images), step=1)
+    monkeypatch.setattr(evaluate, "load_run", lambda *given: (by_class, images))
+    for sampler in ("heun", "pc", "ddpm"):
+        line = f"sample RUN --gif --schedule vp --sampler {sampler} --num 4 --steps 5 --out x.npz"
+        assert evaluate.main(line.split()) == 0
+        x = np.load("x.npz")["images"].reshape(2, 2, 3, 8, 8).transpose(0, 3, 1, 4, 2)
+        frames = []
+        with Image.open("x.gif") as gif:
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                frames.append(np.asarray(gif.convert("RGB")).astype(int)[::4, ::4])
+        assert len(frames) == 5 and abs(frames[-1] - x.reshape(16, 16, 3)).mean() < 20
+        assert all(frame.std() > 0.5 * frames[-1].std() for frame in frames)
+    assert evaluate.main(["sample", *line.split()[1:], "--sampler", "rk45"]) == 2
+
+
+# ---- Distances -----------------------------------------------------------------------------------
+
+def moments(x):
+    return x.mean(0), torch.cov(x.T)
+
+
+def test_frechet_distance_equals_the_textbook_formula():
+    """Tr (C1 C2)^{1/2} = sum of the square roots of the (real, positive) eigenvalues of C1 C2."""
+    (m1, C1), (m2, C2) = moments(normal(40, 6)), moments(normal(40, 6, 1, 0.5))
+    root = torch.linalg.eigvals(C1 @ C2).sqrt().sum().real
+    textbook = ((m1 - m2) ** 2).sum() + (C1 + C2).trace() - 2 * root
+    assert frechet_distance(m1, C1, m2, C2) == pytest.approx(float(textbook), rel=1e-10)
+    a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 0.0, 1.0]).double()
+    zero = torch.zeros(3).double()
+    assert frechet_distance(zero, b.diag(), zero, a.diag()) == pytest.approx(1 + 4 + 4)
+
+
+def test_frechet_distance_of_fewer_samples_than_dimensions_is_finite_and_symmetric():
+    few, many = moments(normal(20, 64)), moments(normal(2000, 64, 1))
+    forth, back = frechet_distance(*few, *many), frechet_distance(*many, *few)
+    assert 0 < forth < 200 and forth == pytest.approx(back, rel=1e-6)  # two roots, one value
+    assert frechet_distance(*few, *few) == pytest.approx(0, abs=1e-5)
+
+
+def test_pixel_features_are_the_pixels_averaged_to_at_most_16():
+    x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    extract = evaluate.extractor("pixels", x.shape[1:])[1]
+    features = extract(x)[0].view(2, 3, 16, 16)
+    means = x.double().view(2, 3, 16, 2, 16, 2).mean((3, 5)) / 127.5 - 1
+    assert features.dtype == torch.float64 and torch.allclose(features, means, atol=1e-6)
+    small = x[..., :8, :8]
+    assert torch.allclose(extract(small)[0], small.flatten(1).double() / 127.5 - 1, atol=1e-6)
+
+
+def test_inception_score_of_certain_and_of_uniform_predictions():
+    certain = torch.eye(7).repeat(10, 1)                                 # every split has all 7
+    assert evaluate.inception_score(certain) == (pytest.approx(7), pytest.approx(0, abs=1e-6))
+    assert evaluate.inception_score(torch.full((50, 7), 1 / 7))[0] == pytest.approx(1)
+    assert evaluate.inception_score(certain[:1].repeat(50, 1))[0] == pytest.approx(1)
+    p = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).double()
+    kl = np.mean([(q * np.log(q / p.mean(0).numpy())).sum() for q in p.numpy()])
+    assert evaluate.inception_score(p, splits=1)[0] == pytest.approx(np.exp(kl))
+    half = torch.cat([certain[:35], certain[:1].repeat(35, 1)])
+    assert evaluate.inception_score(half, splits=2) == (pytest.approx(4), pytest.approx(3))
+
+
+@pytest.mark.parametrize("features, n, name", [
+    ("inception 6726825d", 50_000, "FID"), ("inception 6726825d", 49_999, "fid_49999"),
+    ("inception 6726825d", 2000, "fid_2k"), ("pixels", 64, "frechet_pixels_64"),
+    ("pixels", 50_000, "frechet_pixels_50k")])
+def test_the_name_of_a_distance_tells_the_number_of_samples(features, n, name):
+    assert evaluate.distance_name(features, n) == name
+
+
+def test_real_statistics_and_their_floor():
+    data, features = load_data("swiss-roll"), evaluate.extractor("pixels", (2,))
+    real = evaluate.real_statistics(data, 500, features)
+    x = torch.from_numpy(data.x).double()
+    assert torch.allclose(real["mean"], x.mean(0)) and torch.allclose(real["cov"], torch.cov(x.T))
+    order = torch.randperm(20_000, generator=torch.Generator().manual_seed(0))
+    parts = moments(x[order[:500]]), moments(x[order[500:]])
+    assert real["floor"] == pytest.approx(frechet_distance(*parts[0], *parts[1])) and \
+        real["n"] == 20_000
+    assert math.isnan(evaluate.real_statistics(data, 151, features, most=300)["floor"])
+
+
+def test_ranks_share_the_rows_and_measure_what_one_process_does(tmp_path, monkeypatch):
+    """Two ranks, one after the other; the second adds what the first has handed over."""
+    monkeypatch.chdir(tmp_path)
+    data, denoise, options = uneven(500)
+    features, handed = evaluate.extractor("pixels", (2,)), []
+    x0, labels = evaluate.take(data, torch.arange(101))
+
+    def work():
+        real = evaluate.real_statistics(data, 101, features)
+        return [real["floor"], *real["mean"].tolist(), *denoising_error(denoise, x0, labels),
+                run_distance(denoise, options, 101, features, real)]
+    alone = work()
+
+    def collect(x):
+        handed.append(x)
+        return x
+
+    def add(x):
+        return x + handed.pop(0)
+    for rank, total in ((0, collect), (1, add)):
+        monkeypatch.setattr(evaluate, "ranks", lambda: (rank, 2))
+        monkeypatch.setattr(evaluate, "total", total)
+        together = work()
+    assert together == pytest.approx(alone, rel=1e-4) and not handed
+
+
+# ---- Loss by noise level -------------------------------------------------------------------------
+
+def test_denoising_error_of_a_linear_denoiser_has_its_closed_form():
+    """D = a x: E|a (x0 + sigma eps) - x0|^2/d = (1 - a)^2 E x0^2 + a^2 sigma^2."""
+    x0 = normal(20_000, 2, seed=7)                 # not the seed of the noise
+    for a in (0.0, 0.5, 1.0):
+        found = denoising_error(lambda x, sigma: a * x, x0, None, (0.1, 2.0))
+        want = [(1 - a) ** 2 * float((x0 ** 2).mean()) + a ** 2 * s ** 2 for s in (0.1, 2.0)]
+        assert found == pytest.approx(want, rel=0.03)
+    labels = torch.arange(20_000) % 2
+    by_class = denoising_error(lambda x, sigma, labels: x0.new_tensor([0, 1])[labels][:, None] +
+                               0 * x, x0, labels, (0.5,))
+    assert by_class == pytest.approx([float((labels[:, None] - x0).square().mean())])
+
+
+def test_noise_table_of_the_ideal_denoiser_is_all_chance_and_counts_the_references():
+    """64 points, the set's own posterior mean for D: STF's loss is 0, DSM's the posterior variance.
+
+    The effective number of references goes from 1 to all of them, or to all of a class.
+    """
+    x = normal(64, 2, seed=7).float()
+    data = SimpleNamespace(x=x.numpy(), labels=np.arange(64) % 2)
+    for classes in ((), ("0", "1")):
+        def ideal(y, sigma, labels=None):
+            distance = torch.cdist(y, x) ** 2 / (2 * sigma ** 2)
+            if labels is not None:
+                distance[labels[:, None] != torch.arange(64) % 2] = math.inf
+            return (-distance).softmax(1) @ x
+        options = options_of(classes=classes, ref_batch=64, seed=0, weight="constant")
+        table = noise_table(ideal, options, data)
+        assert [row[0] for row in table] == pytest.approx(evaluate.LEVELS)
+        for sigma, dsm, stf, size in table:
+            assert stf == pytest.approx(0, abs=1e-6) and dsm >= 0 and size >= 1
+        assert table[0][3] < 1.5 and table[-1][3] > 0.98 * (32 if classes else 64)
+        spread = torch.stack([x[k::2].var(0, correction=0) for k in (0, 1)]).mean() if classes \
+            else x.var(0, correction=0).mean()
+        assert table[-1][1] * 50 ** 2 == pytest.approx(float(spread), rel=0.02)
+
+
+def test_levels_prints_and_draws_the_table(run, capsys):
+    Path(run, "where-stf-acts.png").unlink(missing_ok=True)
+    assert evaluate.main(["levels", str(run)]) == 0
+    text = capsys.readouterr().out
+    printed = re.findall(r"^ *([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +\d+%", text, re.MULTILINE)
+    table = noise_table(*load_run(run), load_data(f"{run.parent}/images.npz"))
+    assert len(printed) == len(table) == len(evaluate.LEVELS)
+    for row, values in zip(printed, table):
+        assert [float(number) for number in row] == pytest.approx(values, abs=0.06)
+    pytest.importorskip("matplotlib")
+    assert Path(run, "where-stf-acts.png").is_file()
+
+
+# ---- The fid command -----------------------------------------------------------------------------
+
+def fid(capsys, *argv):
+    """{name: numbers of its row} and all that was printed."""
     capsys.readouterr()
-    assert evaluate.main(["sample", "run", "--steps", "1001"]) == 2
-    assert "1000 levels" in capsys.readouterr().err
+    assert evaluate.main(["fid", *map(str, argv)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if re.match("(frechet|fid|FID|IS) ?", line)]
+    return {row[0]: [float(x) for x in row[1:] if x != "+-"] for row in rows}, text
 
 
-def test_hostile_checkpoint_is_not_unpickled(tmp_path, capsys):
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "owned",)
-    (tmp_path / "run").mkdir()
-    torch.save({"options": Hostile()}, tmp_path / "run" / "checkpoint-0000001.pt")
-    assert evaluate.main(["sample", str(tmp_path / "run")]) == 2
-    assert not (tmp_path / "owned").exists()
-    assert capsys.readouterr().err.count("\n") == 1
+def test_fid_of_images_is_the_distance_of_their_moments(tmp_path, monkeypatch, capsys):
+    """All pixels ten levels brighter: |m1 - m2|^2 alone, 192 (10/127.5)^2."""
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).integers(0, 246, (80, 8, 8, 3), dtype=np.uint8)
+    np.savez("x.npz", images=x), np.savez("y.npz", images=x + 10)
+    values, text = fid(capsys, "x.npz", "--ref", "y.npz", "--features", "pixels")
+    assert values["frechet_pixels_80"][0] == pytest.approx(192 * (10 / 127.5) ** 2, rel=1e-3)
+    assert math.isnan(values["frechet_pixels_80"][1])      # no 80 other images for the floor
+    fingerprint = load_data("y.npz").fingerprint
+    assert f"80 RGB images 8x8 from y.npz, fingerprint {fingerprint}" in text
+    assert "the covariance of 80 rows in 192 dimensions is singular" in text
+    data = load_data("y.npz")
+    floor = evaluate.real_statistics(data, 30, evaluate.extractor("pixels", (3, 8, 8)))["floor"]
+    values, _ = fid(capsys, "x.npz", "--ref", "y.npz", "--features", "pixels", "--num", 30)
+    assert values["frechet_pixels_30"][1] == pytest.approx(floor, rel=1e-3)
+
+
+def test_fid_of_a_run_says_of_what_it_is_and_is_that_of_its_samples(run, capsys):
+    argv = ["--sampler", "ddim", "--eta", 0.5, "--steps", 3, "--seed", 2, "--weights", "raw"]
+    values, text = fid(capsys, run, "--features", "pixels", "--num", 20, "--batch", 7, *argv)
+    for part in ("step 5", "weights raw", "ddim, 3 steps", "eta 0.5", "seed 2", "20 samples"):
+        assert part in text, part
+    denoiser, options = load_run(run, weights="raw")
+    x = evaluate.to_uint8(generate(denoiser, options, range(2, 22), "ddim", 3, eta=0.5))
+    real = load_data(str(run.parent / "images.npz")).x
+    parts = (moments(torch.from_numpy(y).double().flatten(1) / 127.5 - 1) for y in (x, real))
+    want = frechet_distance(*next(parts), *next(parts))
+    assert values["frechet_pixels_20"][0] == pytest.approx(want, rel=1e-3)
+
+
+# ---- Inception -----------------------------------------------------------------------------------
+
+class Small(torch.nn.Module):
+    """In Inception's stead: means of colours, and classes of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 5).requires_grad_(False)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        pool3 = images.float().mean((2, 3))
+        return pool3, self.fc(pool3 / 100)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Small in Inception's stead, and the path of its weights, which no folder of data has yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "Inception", Small)
+    torch.save(Small().state_dict(), "there.pth")
+    monkeypatch.setattr(evaluate, "INCEPTION_URL", Path("there.pth").resolve().as_uri())
+    return Path("there.pth")
+
+
+def test_inception_is_downloaded_once_by_its_sha256(run, small, monkeypatch, capsys):
+    argv = [run, "--num", 20, "--steps", 2]
+    assert evaluate.main(["fid", *map(str, argv)]) == 2
+    assert "sha256" in capsys.readouterr().err and not list(Path("data").iterdir())
+    digest = hashlib.sha256(small.read_bytes()).hexdigest()
+    monkeypatch.setattr(evaluate, "SHA256", digest[:8])
+    values, text = fid(capsys, *argv)
+    assert [path.name for path in Path("data").iterdir()] == [evaluate.INCEPTION]
+    assert list(values) == ["fid_20", "IS"] and f"features of inception {digest[:8]}\n" in text
+    assert "published" not in text and 1 <= values["IS"][0] <= 5
+    small.unlink()                                                       # not a second time
+    assert fid(capsys, *argv)[0] == values
+
+
+def test_tf32_is_off_while_features_are_computed_and_back_afterwards(small):
+    Path("data").mkdir()
+    small.rename(f"data/{evaluate.INCEPTION}")
+    _, extract = evaluate.extractor("inception", (1, 4, 4))
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = True
+    features, p = extract(torch.full((2, 1, 4, 4), 7, dtype=torch.uint8))          # gray
+    after = [flag.allow_tf32 for flag in flags]
+    for flag, value in zip(flags, before):
+        flag.allow_tf32 = value
+    assert after == [True, True]
+    assert features.dtype == torch.float64 and features.tolist() == [[7.0] * 3] * 2
+    assert p.shape == (2, 5) and p.sum(1).tolist() == pytest.approx([1, 1])
+
+
+def test_fid_through_the_whole_inception_with_weights_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Random weights in the published layout, four gray images against four."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    path = Path("mine", evaluate.INCEPTION)
+    path.parent.mkdir()
+    torch.save(Inception().state_dict(), path)
+    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    np.savez("x.npz", images=x[:4]), np.savez("y.npz", images=x[2:])
+    values, text = fid(capsys, "x.npz", "--ref", "y.npz", "--data-dir", "mine")
+    assert list(values) == ["fid_4", "IS"] and values["fid_4"][0] > 0 and 1 <= values["IS"][0] <= 4
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    for part in (f"inception {digest}", "the covariance of 4 rows in 2048 dimensions is singular",
+                 "not the published weights"):
+        assert part in text, part

@@ -1,110 +1,170 @@
-"""Several ranks, accumulated gradients: the same run.  Processes with gloo, as torchrun's would be."""
+"""Several ranks and micro-batches: the same run.  Processes with gloo, as torchrun starts them."""
 
-import json
-import multiprocessing
 import os
+import signal
 import socket
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-import datasets
-import objectives
-import runs
+import evaluate
 import train
+from networks import Inception
+from test_survival import ended, start
+from test_train import OBJECTIVES, POINTS, TINY, log, words
+from train import Options
 
-TINY = ["--data", "images.npz", "--cond", "--width", "8", "--mult", "1,1", "--blocks", "1",
-        "--batch", "8", "--ref-batch", "16", "--sample-steps", "1", "--warmup", "0"]
-
+RANKS = TINY | dict(batch=8, ref_batch=16, warmup=0, cond=True)
 
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def rank(argv, env, double, out):
-    """train.py as torchrun starts it; double: in float64, where nothing but the order rounds."""
-    os.environ |= env
-    torch.set_num_threads(1)
-    sys.stdout, sys.stderr = open(f"{out}.out", "w"), open(f"{out}.err", "w")
-    if double:
-        torch.set_default_dtype(torch.float64)
-        train.save_samples = train.evaluate.report = lambda *given: None
-        objectives.load_rows = lambda *given: datasets.load_rows(*given).double()
-    status = train.main(argv)
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(status)
-
-
-def launch(world, argv, double=False, each=None):
-    """Runs `world` ranks; their exit statuses, outputs and errors."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "pytest"])      # imported once
-    os.environ["PYTHONPATH"] = str(Path(train.__file__).parent)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    processes = []
+def launch(world, work, argv, each=None):
+    """work(argv) on so many ranks, or with each its own; statuses, outputs and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
     for r in range(world):
         env = dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port,
                    MASTER_ADDR="127.0.0.1") if world > 1 else {}
-        processes.append(context.Process(target=rank, args=(
-            each[r] if each else argv, env, double, f"rank{r}")))
-    [p.start() for p in processes]
-    [p.join(120) for p in processes]
-    [p.kill() for p in processes if p.is_alive()]
-    texts = [[Path(f"rank{r}.{kind}").read_text() for r in range(world)] for kind in ("out", "err")]
-    return [p.exitcode for p in processes], *texts
+        started.append(start(work, each[r] if each else argv, env, f"rank{r}"))
+    return zip(*[ended(one, f"rank{r}") for r, one in enumerate(started)])
 
 
-@pytest.mark.parametrize("more", [[], ["--loss", "stf-taylor", "--switch-sigma", "0.3"],
-                                  ["--loss", "sa", "--schedule", "ddpm", "--augment", "0.3"]],
-                         ids=["stf", "stf-taylor", "sa"])
-def test_any_number_of_ranks_and_parts_gives_the_same_weights_after_20_steps(more):
-    """objectives.backward, float64: 1, 2, 4 ranks, with and without accumulation, to rtol 1e-5."""
-    argv = [*TINY, *more, "--steps", "20", "--eval-every", "0", "--checkpoint-every", "20"]
-    ways = [(1, []), (1, ["--micro-batch", "3"]), (2, []), (4, []), (2, ["--micro-batch", "2"])]
-    for i, (world, parts) in enumerate(ways if not more else ways[::4]):
-        status, _, errors = launch(world, [*argv, *parts, "--out", f"run{i}"], double=True)
-        assert status == [0] * world, errors
-        state = runs.load_checkpoint(f"run{i}")
-        if i == 0:
-            want = state
-        for name, weight in want["model"].items():
-            torch.testing.assert_close(state["model"][name], weight, rtol=1e-5, atol=1e-9)
-        assert weight.dtype == torch.float64
-        for name, weight in want["ema"]["500000"].items():
-            torch.testing.assert_close(state["ema"]["500000"][name], weight, rtol=1e-5, atol=1e-9)
+def train_all(runs):
+    """Every run in float64, where sums in another order agree to 1e-16; data as well."""
+    torch.set_default_dtype(torch.float64)
+    to_float = evaluate.to_float
+    evaluate.to_float = lambda x: to_float(x).double()
+    train.start_ranks()
+    for options in runs:
+        train.run(Options(**options), brief=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def test_any_number_of_ranks_and_parts_gives_the_same_weights_after_20_steps():
+    """1 to 4 ranks, every objective, to 1e-12; with dropout each part has masks of its own."""
+    variants = [POINTS | dict(batch=8, cond=True, warmup=0) | more for more in OBJECTIVES]
+    variants += [RANKS | dict(xflip=True, augment=0.5), RANKS | dict(dropout=0.13)]
+    states = []
+    for i, (world, part) in enumerate([(1, None), (1, 3), (2, 3), (3, 2), (4, None)]):
+        runs = [given | dict(steps=20, micro_batch=part, out=f"{i}-{k}")
+                for k, given in enumerate(variants)]
+        status, _, errors = launch(world, train_all, runs)
+        assert status == (0,) * world, errors
+        states.append([evaluate.load_checkpoint(run["out"]) for run in runs])
+    for state in states[1:]:
+        for given, want, found in zip(variants, states[0], state):
+            kinds = [(want["model"], found["model"]),
+                     *zip(want["ema"].values(), found["ema"].values())]
+            away = max((a[name] - b[name]).abs().max() for a, b in kinds for name in a)
+            assert away.dtype == torch.float64
+            assert away > 1e-6 if "dropout" in given else away < 1e-12, (given, away)
+
+
+def measure_few_features(argv):
+    """train.py, in which a distance is that of the first 64 features: 2048 take seconds."""
+    distance = evaluate.frechet_distance
+
+    def of_few(mean1, cov1, mean2, cov2):
+        return distance(mean1[:64], cov1[:64, :64], mean2[:64], cov2[:64, :64])
+    evaluate.frechet_distance = of_few
+    return train.main(argv)
 
 
 def test_two_ranks_log_draw_and_measure_as_one_does():
-    """The whole command in float32: pictures, held-out errors, distances, log and messages."""
-    argv = [*TINY, "--steps", "4", "--eval-every", "2", "--fid-every", "2", "--fid-num", "10"]
-    status, out, errors = launch(2, [*argv, "--out", "two"])
-    assert status == [0, 0], errors
-    assert "on cpu x 2" in out[0] and out[1] == "" and errors == ["", ""]
-    assert train.main([*argv, "--out", "one"]) == 0
-    lines = [Path(run, "log.jsonl").read_text().splitlines() for run in ("one", "two")]
-    assert len(lines[0]) == len(lines[1])
-    for a, b in zip(*(map(json.loads, each) for each in lines)):
-        assert a.keys() == b.keys()
-        for key in set(a) - {"levels", "held_out"}:
-            if isinstance(a[key], float):
-                assert a[key] == pytest.approx(b[key], rel=1e-3)
+    """The whole command: pictures, held-out errors, Inception's distances, log and messages."""
+    with np.load("images.npz") as kept:
+        np.savez("four.npz", images=kept["images"][:4], labels=kept["labels"][:4])
+    Path("data").mkdir()
+    torch.manual_seed(0)
+    torch.save(Inception().state_dict(), Path("data", evaluate.INCEPTION))
+    given = RANKS | dict(data="four.npz", steps=4, eval_every=2, fid_every=4, fid_num=3,
+                         fid_features="inception")
+    for world, out in ((1, "one"), (2, "two")):
+        status, outputs, errors = launch(world, measure_few_features, words(given | dict(out=out)))
+        assert status == (0,) * world and "Warning" not in "".join(errors), errors
+    assert "on cpu x 2" in outputs[0] and outputs[1] == errors[1] == ""
+    one, two = log("one"), log("two")
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    assert [line["step"] for line in one] == [1, 2, 2, 3, 4, 4, 4, 4]
+    for a, b in zip(one, two):
+        for name in set(a) & {"loss", "grad_norm", "fid_3"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3) and np.isfinite(a[name])
         if "held_out" in a:
             assert a["held_out"]["ema"] == pytest.approx(b["held_out"]["ema"], rel=1e-3)
-    one, two = (np.asarray(Image.open(f"{run}/samples-0000004.png")).astype(int)
+    assert sum("fid_3" in line for line in two) == 1
+    best = evaluate.load_checkpoint("two/best.pt")
+    assert best["step"] == 4 and best["best"] == log("two", "fid_3")[0]["fid_3"]
+    pictures = (np.asarray(Image.open(f"{run}/samples-0000004.png")).astype(int)
                 for run in ("one", "two"))
-    assert abs(one - two).max() <= 1
+    assert abs(next(pictures) - next(pictures)).max() <= 1
 
 
-def test_bad_input_is_told_once_and_ends_all():
-    status, out, errors = launch(2, [*TINY, "--steps", "2", "--width", "7", "--out", "run"])
-    assert status == [2, 2] and errors[0].count("\n") == 1 and errors[1] == ""
-    status, out, errors = launch(2, None, each=[
-        [*TINY, "--steps", "2", "--out", "run"], [*TINY, "--steps", "2", "--out", "run",
-                                                  "--data", "nowhere.zip"]])
-    assert status == [2, 2] and errors[0] == "" and "nowhere.zip" in errors[1]
-    assert not Path("run").exists()
+def lose_the_losses(argv):
+    """train.py, in which every loss is NaN from step 4 on."""
+    good, calls = train.objective, []
+
+    def objective(*given):
+        calls.append(1)
+        return good(*given) * (torch.nan if len(calls) > 3 else 1)
+    train.objective = objective
+    return train.main(argv)
+
+
+def interrupt_one(argv):
+    """train.py, whose last rank gets a Ctrl-C in step 3."""
+    draw_batch = train.draw_batch
+
+    def draw(*given):
+        if given[-1] == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw_batch(*given)
+    train.draw_batch = draw
+    return train.main(argv)
+
+
+def fill_the_disk(argv):
+    """train.py, whose first rank finds no room for its checkpoint."""
+    def full(*given):
+        raise OSError(28, "No space left on device")
+    torch.save = full
+    return train.main(argv)
+
+
+def told_once(status, errors, sentence):
+    lines = "".join(errors).splitlines()
+    assert status == (2, 2) and sentence in "".join(errors), errors
+    assert sum(line.startswith("train.py: ") for line in lines) == 1, errors
+    assert not any(line.startswith(("Traceback", "  File")) for line in lines), errors
+
+
+def test_what_is_wrong_is_told_once_and_ends_all_ranks():
+    """On both ranks or on one, before the first step or later; no process group is left behind."""
+    given, bad = words(RANKS | dict(steps=30, out="run")), np.zeros((40, 8, 8, 3), np.uint8)
+    for each, sentence in [(([*given, "--width", "7"],) * 2, "--width"),
+                           ((given, [*given, "--data", "nowhere.zip"]), "nowhere.zip"),
+                           (([*given, "--batch", "1"],) * 2, "--batch")]:
+        status, _, errors = launch(2, train.main, None, each)
+        told_once(status, errors, sentence)
+        assert not Path("run").exists()
+    status, _, errors = launch(2, lose_the_losses, given)
+    told_once(status, errors, "ten steps in a row up to 13")
+    status, _, errors = launch(2, fill_the_disk, [*given, "--out", "full"])
+    told_once(status, errors, "No space left")
+    np.savez("images.npz", images=bad, labels=np.arange(40) % 2)
+    status, _, errors = launch(2, train.main, ["--resume", "run"])
+    told_once(status, errors, "other data")
+
+
+def test_a_signal_to_one_rank_ends_both_after_the_step_with_a_checkpoint():
+    status, _, errors = launch(2, interrupt_one, words(RANKS | dict(steps=30, out="run")))
+    assert status == (130, 130), errors
+    assert evaluate.load_checkpoint("run")["step"] == 3

@@ -1,11 +1,15 @@
-"""What README.md says is so: its commands parse, its defaults, files, names and snippets exist."""
+"""What README.md and papers/README.md say is so: commands, defaults, files, names and snippets."""
 
+import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmark
 import evaluate
@@ -14,20 +18,43 @@ import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines()
-            if re.match(r"    (python|pip) ", line)]
-INLINE = re.findall(r"`((?:python|torchrun) [^`]+|(?:train|evaluate)\.py [^`]+)`", README)
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+MAP = (ROOT / "papers" / "README.md").read_text()
+PAPERS = ("stf", "sa", "debias", "edm", "taylor")
+COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines()
+            if re.match(r"    (python|pip|torchrun) ", line)]
+INLINE = re.findall(r"`((?:python|torchrun) [^`]+)`", README + MAP)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def rows(header):
+def rows(text, header):
     """The cells of the table whose header line starts so."""
-    lines = README[README.index(header):].splitlines()[2:]
     table = []
-    for line in lines:
+    for line in text[text.index(header):].splitlines()[2:]:
         if not line.startswith("|"):
             return table
         table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+def parses(line):
+    """Fails where the command's own parser refuses the line."""
+    line = re.sub("^torchrun --nproc-per-node 8 ", "python ", line)
+    for part in line.split(" && "):
+        words = shlex.split(part)
+        if words[:2] == ["python", "train.py"]:
+            if words[2:] != ["--help"]:
+                train.parser().parse_args(words[2:])
+        elif words[:2] == ["python", "evaluate.py"]:
+            evaluate.parser().parse_args(words[2:])
+        elif words[:2] == ["python", "-m"] and words[2].startswith("papers."):
+            module = importlib.import_module(words[2])
+            assert words[3] in module.COMMANDS, line
+        elif words[:2] == ["python", "tests/benchmark.py"]:
+            assert set(words[2:]) <= {"--quick", "--only", *benchmark.PARTS}
+        elif words[:2] == ["python", "tests/exercises.py"]:
+            assert not words[2:] or exercises.EXERCISES[words[2]][int(words[3]) - 1]
+        else:
+            assert part in ("pip install -r requirements.txt", "python -m pytest"), part
 
 
 def test_the_two_commands_come_first():
@@ -35,104 +62,139 @@ def test_the_two_commands_come_first():
     assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
 
 
-def parses(line):
-    line = re.sub("^torchrun --nproc-per-node 8|^(?=train|evaluate)", "python ", line)
-    for part in line.split(" && "):
-        words = shlex.split(part)
-        if words == ["python", "train.py", "--help"]:
-            continue
-        if words[:2] == ["python", "train.py"]:
-            train.parser().parse_args(words[2:])
-        elif words[:2] == ["python", "evaluate.py"]:
-            evaluate.parser().parse_args(words[2:])
-        elif words[:2] == ["python", "tests/benchmark.py"] and words[2:]:
-            assert words[2] == "--only" and words[3] in benchmark.PARTS
-        elif words[:2] == ["python", "tests/exercises.py"] and words[2:]:
-            assert exercises.EXERCISES[words[2]][int(words[3]) - 1]
-        else:
-            assert part in ("pip install -r requirements.txt", "python -m pytest",
-                            "python tests/benchmark.py", "python tests/exercises.py")
-
-
-@pytest.mark.parametrize("command", [*COMMANDS, *INLINE])
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *INLINE}))
 def test_commands_parse(command):
     parses(command)
 
 
-def test_documented_defaults_are_the_parsers():
-    for option, default, _ in rows("| option | default |"):
-        value = train.OPTIONS[option.strip("`-")][1]
-        shown = [value] if not isinstance(value, tuple) else [
-            f"{kind} {v}" for kind, v in zip(train.KINDS, value)]
-        assert default.replace("`", "") == ", ".join(map(str, shown))
+def test_documented_defaults_are_the_options():
+    for option, default, _ in rows(README, "| option | default |"):
+        field = train.CHOSEN[option.strip("`-").replace("-", "_")]
+        own = [f"{kind} {values[field.name]}" for kind, values in train.KINDS.items()
+               if field.name in values]
+        shown = "; ".join(own) if field.default is None else str(field.default)
+        assert default.replace("`", "") == shown
 
 
-def test_the_file_map_is_the_files():
-    listed = {row[0].strip("`/") for row in rows("| file | what it is")}
-    assert listed == {p.name for p in ROOT.glob("*.py")} | {"tests"}
-    for name, what, start in rows("| file | what it is"):
-        assert start == "`test_losses.py`" or hasattr(
-            importlib.import_module(name.strip("`").removesuffix(".py")), start.strip("`"))
+def test_the_table_of_files_is_the_files():
+    table = rows(README, "| file | what it is")
+    assert {name.strip("`/") for name, *_ in table} == {
+        path.name for path in ROOT.glob("*.py")} | {"papers", "tests"}
+    for name, _, start in table:
+        name, start = name.strip("`"), start.strip("`")
+        assert (ROOT / name / start).exists() if name.endswith("/") else hasattr(
+            importlib.import_module(name.removesuffix(".py")), start)
 
 
-MAP = rows("| paper | what | function | test | command |")
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """A folder with a short run under the name that the README's commands use."""
+    folder = tmp_path_factory.mktemp("readme")
+    train.run(train.Options(steps=2, eval_every=0, out=f"{folder}/runs/000-digits-stf-edm"),
+              brief=True)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippets_run(number, default_run, monkeypatch):
+    monkeypatch.chdir(default_run)
+    torch.manual_seed(0)
+    exec(compile(SNIPPETS[number], "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_diff_adds_a_sampler_of_second_order_with_one_call_a_step(tmp_path):
+    """Its hunks replace text that is there once; Gaussian data has an exact solution."""
+    for file, hunks in re.findall(r"^--- a/(\w+\.py)\n\+\+\+ b/\1\n(.*?)(?=^--- a/|^```)",
+                                  README, re.DOTALL | re.MULTILINE):
+        text = (ROOT / file).read_text()
+        for hunk in hunks.split("@@\n")[1:]:
+            lines = hunk.splitlines(keepends=True)
+            before = "".join(line[1:] for line in lines if line[0] in " -")
+            after = "".join(line[1:] for line in lines if line[0] in " +")
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        (tmp_path / file).write_text(text)
+    for file in ("schedules.py", "networks.py", "losses.py"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    (tmp_path / "use.py").write_text("""
+from types import SimpleNamespace
+import torch, evaluate, samplers, schedules
+def denoise(x, sigma, *labels):                  # data N(0, .25)
+    return x * .25 / (.25 + sigma ** 2)
+x, error = torch.full((1, 1), 80.0).double(), []
+for N in (20, 40, 80):
+    sigma = schedules.EDM(sigma_min=.1).time_steps(N)[:-1]
+    exact = x * ((.25 + sigma[-1] ** 2) / (.25 + sigma[0] ** 2)).sqrt()
+    error.append(float((samplers.dpm_solver(denoise, x, sigma) - exact).abs()))
+options = SimpleNamespace(shape=(2,), classes=(), device="cpu", schedule="edm", P_mean=0, P_std=1,
+                          label_dropout=0)
+drawn = evaluate.generate(denoise, options, range(2000), "dpm-solver", 20, batch=2000)
+print(error[0] / error[1], error[1] / error[2], float(drawn.std()))
+""")
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
+    first, second, deviation = map(float, done.stdout.split())
+    assert 3.2 < first < 5 and 3.4 < second < 4.6 and abs(deviation - 0.5) < 0.03
+
+
+# ---- The map of the papers -----------------------------------------------------------------------
+
+ROWS = rows(MAP.replace("\n\n| ", "\n| ").replace("\n| item |", "\n\n| item |"), "| item |") \
+    if MAP.count("| item |") == 1 else [
+    row for part in MAP.split("| item |")[1:] for row in rows("| item |" + part, "| item |")]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{i} {row[0]}" for i, row in enumerate(ROWS)])
+def test_a_row_of_the_map_names_what_exists(row):
+    """Functions, the test that fails without them, a command; or why there are none."""
+    item, claim, functions, test, command, seen = row
+    if functions == "-":
+        assert test == command == "-" and seen.startswith("not here: "), row
+        return
+    for module, name in re.findall(r"`([\w.]+)\.(\w+)`", functions):
+        assert hasattr(importlib.import_module(module), name), name
+    tests = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", test)
+    assert tests, row
+    for file, name in tests:
+        text = (ROOT / "tests" / file).read_text()
+        assert not name or f"def {name}(" in text, name
+    assert command == "-" or command.startswith("`python "), row
+    assert seen
+
+
 NUMBERED = {"EDM": dict(eq=8, fig=15, tab=8, Alg=3), "STF": dict(eq=8, fig=5, tab=2, Thm=2, Alg=1),
             "SA": dict(fig=4, tab=4, Thm=2, Alg=2), "DB": dict(eq=13, fig=17, tab=4),
-            "TCV": dict(eq=34, fig=6, tab=3)}
-
-
-@pytest.mark.parametrize("row", MAP, ids=[f"{row[0]} {row[1]}" for row in MAP])
-def test_a_row_of_the_map_names_what_exists(row):
-    """Functions, their test, a command that parses; or why there are none."""
-    _, _, functions, test, command, differs = row
-    if functions == "-":
-        assert test == command == "-" and differs.startswith("not here: ")
-        return
-    file, name = re.fullmatch(r"`(test_\w+\.py)(?:::(\w+))?`", test).groups()
-    text = (ROOT / "tests" / file).read_text()
-    assert name is None or f"def {name}(" in text
-    for module, function in re.findall(r"`(\w+)\.(\w+)`", functions):
-        assert hasattr(importlib.import_module(module), function)
-        assert re.search(rf"\b{function}\b", text)
-    if command != "-":
-        parses("python " + command.strip("`"))
+            "TCV": dict(fig=6, tab=3)}
 
 
 @pytest.mark.parametrize("paper", NUMBERED)
 def test_the_map_has_every_numbered_item_of_a_paper(paper):
-    cells = [row[0] for row in MAP if row[0].startswith(f"{paper} ")]
+    cells = " ".join(row[0] for row in ROWS if row[0].startswith(f"{paper} "))
     for kind, count in NUMBERED[paper].items():
-        items = " ".join(re.findall(rf"{kind}\. ([\dabc, -]+)", " ".join(cells)))
+        items = " ".join(re.findall(rf"{kind}\. ([\dabc, -]+)", cells))
         found = {k for first, last in re.findall(r"(\d+)[abc]*(?:-(\d+))?", items)
                  for k in range(int(first), int(last or first) + 1)}
-        assert found >= {*range(1, count + 1)}, kind
+        assert found >= {*range(1, count + 1)}, (kind, sorted({*range(1, count + 1)} - found))
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["stf in a foreign loop", "foreign network"])
-def test_snippets_run(snippet):
-    exec(compile(snippet, "README.md", "exec"), {})
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_command_of_a_paper_is_in_the_map_with_its_results(paper):
+    for name in importlib.import_module(f"papers.{paper}").COMMANDS:
+        assert f"`python -m papers.{paper} {name}" in MAP, name
+        assert (ROOT / "papers" / "results" / f"{paper}-{name}.csv").exists(), name
 
 
-def test_the_picture_is_there_and_small():
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert 1000 < (ROOT / path).stat().st_size < 100_000
-    for path in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / path).exists(), path
+# ---- The rest ------------------------------------------------------------------------------------
 
-
-def test_every_picture_has_the_command_that_makes_it():
-    text = (ROOT / "figures" / "README.md").read_text()
-    assert set(re.findall(r"\]\(([\w-]+\.png)\)", text)) == {
-        p.name for p in (ROOT / "figures").glob("*.png")}
-    for command in re.findall(r"`(python [^`]+)`", text):
-        parses(command)
-
-
-def test_it_is_short_enough_to_read_and_has_no_blanks_left():
-    assert not re.search(r"@\w+@|TODO|XXX", README)
-    assert len(README.splitlines()) <= 250
-
-
-def test_named_files_exist():
+def test_pictures_and_linked_files_are_there_and_small():
+    for text, folder in ((README, ROOT), (MAP, ROOT / "papers")):
+        for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert 1000 < (folder / path).stat().st_size < 300_000, path
+        for path in re.findall(r"\]\(([^)]+)\)", text):
+            assert path.startswith("https://") or (folder / path).exists(), path
     for name in re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", README):
         assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+
+
+def test_no_blanks_are_left():
+    assert not re.search(r"@\w+@|TODO|XXX", README + MAP)
+    assert dataclasses.is_dataclass(train.Options)

@@ -1,60 +1,39 @@
-"""What a run outlives: kills, signals, full disks, losses that are not finite."""
+"""What a run outlives: kills, signals, full disks, losses that are not finite; and how it goes on.
 
+`same` compares two runs bit for bit: weights, averages, AdamW's moments, the scaler, the counters,
+and the control's coefficients.
+"""
+
+import fcntl
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-import objectives
-import runs
+import evaluate
 import train
+from schedules import EDM
+from test_train import POINTS, TINY, log, refused, words
+from train import Options
 
-POINTS = ["--data", "two-gaussians", "--width", "16", "--batch", "16", "--ref-batch", "64",
-          "--sample-steps", "1", "--eval-every", "0", "--loss", "stf-taylor", "--ema", "20000,100"]
+RUN = POINTS | dict(loss="taylor", ema=(20_000, 100), decay=0.0)
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(argv, output, replace_kills=0):
-    """train.py in a process of its own, which dies in the midst of its n-th checkpoint, if any."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(output, "w")
-    if replace_kills:
-        left, replace = [replace_kills], os.replace
-
-        def dying(old, new):
-            left[0] -= str(new).endswith(".pt")
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            replace(old, new)
-        runs.os.replace = dying
-    status = train.main(argv)
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def start(argv, output="output", **more):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "pytest"])      # imported once
-    os.environ["PYTHONPATH"] = str(Path(train.__file__).parent)
-    process = context.Process(target=run, args=(argv, output), kwargs=more)
-    process.start()
-    return process
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def same(a, b):
-    """Weights, averages, optimizer, scaler, counters and control coefficients, bit for bit."""
-    a, b = (runs.load_checkpoint(name) for name in (a, b))
+    a, b = (evaluate.load_checkpoint(name) for name in (a, b))
 
     def equal(x, y):
         if isinstance(x, torch.Tensor):
@@ -63,120 +42,287 @@ def same(a, b):
             return x.keys() == y.keys() and all(equal(x[k], y[k]) for k in x)
         return x == y
     names = set(a) - {"options"}
-    assert {"ema", "scaler", "beta", "skipped", "optimizer"} < names
+    assert names == {"step", "model", "ema", "optimizer", "scaler", "beta", "skipped", "best"}
     return all(equal(a[name], b[name]) for name in names)
 
 
-def newest():
-    return runs.checkpoints("run")[-1] if runs.checkpoints("run") else ""
+def trained(out, **given):
+    return train.run(Options(**RUN | given | dict(out=out)), brief=True)
+
+
+def drop_newest(run):
+    Path(evaluate.checkpoints(run)[-1]).unlink()
+
+
+# ---- A process of its own ------------------------------------------------------------------------
+
+def process(work, argv, env, name):
+    """work(argv), as train.main or what calls it, in a process that is then at its end.
+
+    Status 99: the process group of several ranks was left behind.
+    """
+    os.environ |= env
+    torch.set_num_threads(1)
+    sys.stdout, sys.stderr = open(f"{name}.out", "w"), open(f"{name}.err", "w")
+    status = 1
+    try:
+        status = work(argv)
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(99 if dist.is_initialized() else status)
+
+
+def start(work, argv, env={}, name="rank0"):
+    """Starts such a process; what it says is in NAME.out and NAME.err."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch._dynamo", "pytest"])           # imported once
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    started = context.Process(target=process, args=(work, argv, env, name))
+    started.start()
+    return started
+
+
+def ended(started, name="rank0"):
+    """Its exit status and what it said."""
+    started.join(300)
+    started.kill()
+    return started.exitcode, Path(f"{name}.out").read_text(), Path(f"{name}.err").read_text()
+
+
+def die_within(seconds, argv):
+    """train.py, killed after so much of its own time, wherever it is then."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    return train.main(argv)
+
+
+def die_instead_of_renaming(ending, count, argv):
+    """train.py, killed when it would give the count-th file with this ending its name."""
+    replace, left = os.replace, [count]
+
+    def dying(old, new):
+        left[0] -= str(new).endswith(ending)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+    os.replace = dying
+    return train.main(argv)
 
 
 def test_twenty_kills_at_random_moments_change_nothing():
-    """kill -9, at times between two steps, at times while a checkpoint is written."""
-    argv = [*POINTS, "--steps", "800", "--checkpoint-every", "4"]
-    assert train.main([*argv, "--out", "whole"]) == 0
-    random.seed(0)
-    kills, steps = 0, []
-    while kills < 20:
-        again = ["--resume", "run"] if Path("run/options.json").exists() else [*argv, "--out", "run"]
-        process = start(again, replace_kills=random.randint(1, 6) if kills % 2 else 0)
-        end, first = time.time() + random.uniform(0.05, 0.6), newest()
-        if not kills % 2:
-            while time.time() < end and newest() == first:         # a fast machine's: soon
-                time.sleep(random.uniform(0, 0.05))
-            process.kill()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL, Path("output").read_text()
-        kills += 1
-        steps += [runs.load_checkpoint("run")["step"]] if newest() else []
-    assert train.main(["--resume", "run"]) == 0
-    assert steps == sorted(steps) and 0 < steps[-1] < 800 and same("whole", "run")
-    lines = [[json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()][:800]
-             for name in ("whole", "run")]
-    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(1, 801))
+    """Half of them at any time, half in the midst of a checkpoint; a run that ends is the run."""
+    given = words(RUN | dict(steps=60, checkpoint_every=3))
+    assert train.main([*given, "--out", "whole"]) == 0
+    whole = log("whole")
+    draw, kills, finished = random.Random(0), 0, 0
+    for _ in range(60):
+        out = f"run{finished}"
+        again = ["--resume", out] if Path(out, "options.json").exists() else [*given, "--out", out]
+        work = partial(die_instead_of_renaming, ".pt", draw.randint(1, 6))
+        if draw.random() < 0.5:
+            work = partial(die_within, draw.uniform(0.01, 0.5))
+        status, _, error = ended(start(work if kills < 20 else train.main, again))
+        assert status in (0, -signal.SIGVTALRM, -signal.SIGKILL), error
+        kills += status != 0
+        if status == 0:
+            assert same("whole", out) and log(out) == whole
+            finished += 1
+        if kills >= 20 and finished:
+            return
+    assert kills >= 20
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint(name):
-    argv = [*POINTS, "--decay", "0", "--checkpoint-every", "100000"]
-    process = start([*argv, "--steps", "2000", "--out", "run"])
-    while not Path("run/log.jsonl").exists():
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.kill(process.pid, getattr(signal, name))
-    process.join(60)
-    text = Path("output").read_text()
-    assert process.exitcode == 0 and "to go on: python train.py --resume run" in text, text
-    step = runs.load_checkpoint("run")["step"]
-    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
-    assert 0 < step < 2000 and last["step"] == step
+def test_a_kill_before_the_options_are_written_does_not_block_the_folder(capsys):
+    for out in (["--out", "run"], []):
+        argv = [*words(RUN | dict(steps=1)), *out]
+        kill = partial(die_instead_of_renaming, "options.json", 1)
+        assert ended(start(kill, argv))[0] == -signal.SIGKILL
+        refused(["--resume", *(["run"] if out else [])], capsys)
+        assert train.main(argv) == 0
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(name, status):
+    argv = words(RUN | dict(steps=100_000, checkpoint_every=100_000, out="run"))
+    started = start(train.main, argv)
+    while not Path("run/log.jsonl").exists() or not log("run"):
+        time.sleep(0.02)
+    os.kill(started.pid, getattr(signal, name))
+    found, out, error = ended(started)
+    assert found == status and "to go on: python train.py --resume run" in out, error
+    step = evaluate.load_checkpoint("run")["step"]
+    assert 0 < step < 100_000 and log("run")[-1]["step"] == step
     assert train.main(["--resume", "run", "--steps", str(step + 5)]) == 0
-    assert train.main([*argv, "--steps", str(step + 5), "--out", "whole"]) == 0
+    trained("whole", steps=step + 5)
     assert same("run", "whole")
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(broken, monkeypatch, capsys):
-    """Steps 3 and 5 of 6 break: no weight, moment or counter of AdamW moves in them."""
-    seen, good = [], objectives.objective
+def sleep_in_step_3(argv):
+    draw_batch = train.draw_batch
 
-    def objective(options, denoiser, batch, tools):
-        seen.append(([p.clone() for p in denoiser.parameters()]))
-        loss = good(options, denoiser, batch, tools)
+    def slow(*given):
+        if given[-1] == 2:
+            Path("asleep").touch()
+            time.sleep(60)
+        return draw_batch(*given)
+    train.draw_batch = slow
+    return train.main(argv)
+
+
+def test_a_second_signal_stops_at_once_and_the_first_does_not():
+    started = start(sleep_in_step_3, words(RUN | dict(steps=5, checkpoint_every=1, out="run")))
+    while not Path("asleep").exists():
+        time.sleep(0.02)
+    os.kill(started.pid, signal.SIGINT)
+    started.join(0.5)
+    assert started.exitcode is None
+    os.kill(started.pid, signal.SIGINT)
+    status, _, error = ended(started)
+    assert status == 130 and "--resume goes on from the last checkpoint" in error
+    assert evaluate.load_checkpoint("run")["step"] == 2
+
+
+# ---- Losses that are not finite ------------------------------------------------------------------
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(broken, monkeypatch):
+    """Steps 3 and 5 of 6 break: no weight, moment or counter of AdamW moves in them."""
+    seen, good = [], train.objective
+
+    def objective(options, denoiser, *given):
+        seen.append([p.clone() for p in denoiser.parameters()])
+        loss = good(options, denoiser, *given)
         if len(seen) not in (3, 5):
             return loss
         if broken == "loss":
             return torch.where(torch.arange(len(loss)) == 4, torch.nan, loss)
         return loss + 0 * sum((p.sum() * torch.inf).nan_to_num(0, 0) for p in denoiser.parameters())
-    monkeypatch.setattr(objectives, "objective", objective)
-    assert train.main([*POINTS, "--loss", "dsm", "--steps", "6", "--warmup", "0", "--out", "r"]) == 0
-    moved = [not all(torch.equal(a, b) for a, b in zip(seen[i], seen[i + 1])) for i in range(5)]
+    monkeypatch.setattr(train, "objective", objective)
+    trained("r", loss="dsm", steps=6, warmup=0)
+    moved = [not all(map(torch.equal, seen[i], seen[i + 1])) for i in range(5)]
     assert moved == [True, True, False, True, False]
-    lines = [json.loads(line) for line in Path("r/log.jsonl").read_text().splitlines()[:6]]
-    skipped = [line for line in lines if "skipped" in line]
+    skipped = log("r", "skipped")
     assert [(line["step"], line["skipped"]) for line in skipped] == [(3, 1), (5, 2)]
-    assert all("loss" in line for line in lines if line not in skipped)
-    state = runs.load_checkpoint("r")
+    assert [line["step"] for line in log("r", "loss")] == [1, 2, 4, 6]
+    state = evaluate.load_checkpoint("r")
     assert state["skipped"] == [2, 0]
     assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {4.0}
-    options = state["options"]
-    data = train.load_data("two-gaussians")
-    batch = objectives.draw_batch(torch.from_numpy(data.x), None, options,
-                                  runs.build_schedule(options), 2)
-    low, high = skipped[0]["sigma"]
-    if broken == "loss":
-        assert low == high == pytest.approx(batch["sigma"].flatten()[4].item())
-    else:
-        assert low == pytest.approx(batch["sigma"].min().item())
-        assert high == pytest.approx(batch["sigma"].max().item())
+    rows, (_, options) = torch.from_numpy(evaluate.load_data("two-gaussians").x), \
+        evaluate.load_run("r")
+    sigma = train.draw_batch(rows, None, options, EDM(), 2).sigma.flatten()
+    bad = sigma[4:5] if broken == "loss" else sigma         # of the gradient it may be any sample
+    assert skipped[0]["sigma"] == pytest.approx([bad.min().item(), bad.max().item()])
 
 
-def test_ten_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(monkeypatch, capsys):
-    calls, good = [], objectives.objective
+def test_ten_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(monkeypatch,
+                                                                                capsys):
+    calls, good = [], train.objective
 
     def objective(*given):
         calls.append(1)
         return good(*given) * (torch.nan if len(calls) > 12 or len(calls) == 4 else 1)
-    monkeypatch.setattr(objectives, "objective", objective)
-    argv = [*POINTS, "--loss", "dsm", "--steps", "100", "--checkpoint-every", "5", "--out", "r"]
-    assert train.main(argv) == 2
-    error = capsys.readouterr().err
+    monkeypatch.setattr(train, "objective", objective)
+    argv = words(RUN | dict(loss="dsm", steps=100, checkpoint_every=5, out="r"))
+    error = refused(argv, capsys)
     assert "ten steps in a row up to 22" in error and "r/checkpoint-0000020.pt" in error
-    assert error.count("\n") == 1
 
 
-def test_fp16_scales_its_loss_and_resumes_with_its_scale(capsys):
-    argv = [*POINTS, "--steps", "6", "--checkpoint-every", "3", "--amp", "fp16", "--out", "r"]
-    assert train.main(argv) == 0
-    state = runs.load_checkpoint("r")
-    assert state["scaler"]["scale"] <= 65536 and state["options"]["amp"] == "fp16"
-    Path(runs.checkpoints("r")[-1]).unlink()
-    assert train.main(["--resume", "r"]) == 0
-    assert runs.load_checkpoint("r")["scaler"] == state["scaler"]
+# ---- Going on ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more", [
+    dict(loss="taylor"), dict(amp="fp16"), dict(checkpoint_every=20),
+    TINY | dict(cond=True, dropout=0.3, label_dropout=0.2, xflip=True, augment=0.5)],
+    ids=["control", "fp16", "before the first checkpoint", "images"])
+def test_ten_steps_are_five_and_five_bit_for_bit(more):
+    """The log as well; control's 30 steps have its coefficient updated twice."""
+    steps = 30 if more == dict(loss="taylor") else 10
+    trained("whole", **dict(loss="stf", steps=steps, checkpoint_every=steps // 2) | more)
+    shutil.copytree("whole", "killed")                      # killed between these two checkpoints
+    drop_newest("killed")
+    train.run(train.resumed("killed", {}), "killed", brief=True)
+    assert same("whole", "killed") and log("whole") == log("killed")
+    assert [line["step"] for line in log("killed", "loss")] == list(range(1, steps + 1))
+    state = evaluate.load_checkpoint("whole")
+    if steps == 30:
+        assert state["beta"].any()
+    if more == dict(amp="fp16"):
+        assert state["scaler"]["scale"] <= 65536 and state["options"]["amp"] == "fp16"
 
 
-def test_a_full_disk_and_a_folder_that_cannot_be_written_are_one_sentence(monkeypatch, capsys):
-    argv = [*POINTS, "--steps", "6", "--checkpoint-every", "3", "--out", "r"]
+@pytest.mark.parametrize("left", ["nothing", "half of it", "all"])
+def test_a_run_killed_at_its_report_has_exactly_one_when_it_has_gone_on(left, capsys):
+    assert train.main(words(RUN | dict(steps=2, out="run"))) == 0
+    want, path = capsys.readouterr().out.split("minutes")[1], Path("run/log.jsonl")
+    *lines, report = path.read_text().splitlines(keepends=True)
+    length = {"nothing": 0, "half of it": 50, "all": None}[left]
+    path.write_text("".join(lines) + report[:length])
+    Path("run/samples-0000002.png").unlink()
+    assert train.main(["--resume", "run"]) == 0
+    assert capsys.readouterr().out.split("minutes")[1] == want
+    assert path.read_text().splitlines(keepends=True) == [*lines, report]
+    assert Path("run/samples-0000002.png").exists()
+
+
+def test_steps_in_minutes_are_those_since_the_run_went_on(capsys):
+    assert train.main(words(RUN | dict(steps=4, out="run"))) == 0
+    assert "\n4 steps in " in capsys.readouterr().out
+    assert train.main(["--resume", "run", "--steps", "6"]) == 0
+    assert "\n2 steps in " in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_its_data_at_another_path_and_with_no_other_data(capsys):
+    given = TINY | dict(loss="dsm", cond=True, decay=0.0, out="run")
+    assert train.main(words(given | dict(steps=2))) == 0
+    os.rename("images.npz", "moved.npz")
+    assert "images.npz" in refused(["--resume", "run", "--steps", "3"], capsys)
+    assert train.main(["--resume", "run", "--data", "moved.npz", "--steps", "3"]) == 0
+    assert train.main(["--resume", "run", "--steps", "4"]) == 0               # the path is kept
+    assert train.main(words(given | dict(steps=4, data="moved.npz", out="whole"))) == 0
+    assert same("run", "whole")
+    with np.load("moved.npz") as kept:
+        np.savez("images.npz", images=kept["images"], labels=1 - kept["labels"])
+    error = refused(["--resume", "run", "--data", "images.npz", "--steps", "5"], capsys)
+    assert "other data" in error
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(capsys):
+    trained("run", steps=2)
+    kept = {path: path.read_bytes() for path in Path("run").iterdir()}
+    for line, sentence in [("--lr 1", "--lr 1.0 (was 0.005)"), ("--steps 1", "--steps"),
+                           ("--loss dsm", "--loss dsm (was taylor)"),
+                           ("--out other", "--out other"),
+                           ("--data checkerboard", "other data"), ("--device abacus", "--device"),
+                           ("--micro-batch 0", "--micro-batch"), ("--keep 0", "--keep")]:
+        argv = ["--resume", "run", "--steps", "3", *line.split()]
+        assert sentence in refused(argv, capsys)
+        assert {path: path.read_bytes() for path in Path("run").iterdir()} == kept
+    assert train.main(["--resume", "run", "--steps", "3", "--lr", "0.005"]) == 0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_once_it_is_gone(capsys):
+    trained("run", steps=4, checkpoint_every=2)
+    path = Path(evaluate.checkpoints("run")[-1])
+    for damage in (path.read_bytes()[:100], b"", b"\0" * 1000):
+        path.write_bytes(damage)
+        assert str(path) in refused(["--resume", "run", "--steps", "5"], capsys)
+    path.unlink()
+    assert train.main(["--resume", "run", "--steps", "4"]) == 0
+    trained("whole", steps=4)
+    assert same("run", "whole")
+
+
+def test_resume_without_a_name_takes_the_run_that_was_started_last(capsys):
+    for k in range(2):
+        train.run(Options(**RUN | dict(steps=1)), brief=True)
+    os.utime("runs/001-two-gaussians-taylor-edm/options.json", (1, 1))
+    assert train.main(["--resume", "--steps", "2"]) == 0
+    assert "run       runs/000-two-gaussians-taylor-edm, from step 1" in capsys.readouterr().out
+
+
+# ---- Disks and folders ---------------------------------------------------------------------------
+
+def test_a_full_disk_is_one_sentence_and_the_last_whole_checkpoint_stays(monkeypatch, capsys):
     save, calls = torch.save, []
 
     def full(state, file):
@@ -184,26 +330,27 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_one_sentence(monkey
         save(state, file)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.torch, "save", full)
-        assert train.main(argv) == 2
-    error = capsys.readouterr().err
-    assert "No space left" in error and "--resume" in error and error.count("\n") == 1
-    assert [Path(p).name for p in runs.checkpoints("r")] == ["checkpoint-0000003.pt"]
+    monkeypatch.setattr(torch, "save", full)
+    argv = words(RUN | dict(steps=6, checkpoint_every=3, out="r"))
+    assert "No space left" in refused(argv, capsys)
+    assert [Path(p).name for p in evaluate.checkpoints("r")] == ["checkpoint-0000003.pt"]
+    assert train.main(["--resume", "r"]) == 0
     Path("file").write_text("")
     for out in ("file", "file/run"):
-        assert train.main([*POINTS, "--steps", "2", "--out", out]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        refused([*argv, "--out", out], capsys)
 
 
-def test_a_run_keeps_averages_of_several_lengths(capsys):
-    """The shorter one is nearer to the weights; each can be sampled from."""
-    assert train.main([*POINTS, "--steps", "60", "--out", "r", "--ema-rampup", "1"]) == 0
-    state = runs.load_checkpoint("r")
-    away = [sum((state["model"][k] - average[k]).norm() ** 2 for k in average)
-            for average in (state["ema"]["20000"], state["ema"]["100"])]
-    assert away[0] > 2 * away[1] > 0
-    short, _, _ = runs.load_run("r", weights="100")
-    assert torch.equal(next(short.parameters()), next(iter(state["ema"]["100"].values())))
-    with pytest.raises(runs.BadInput, match="--weights 7"):
-        runs.load_run("r", weights="7")
+def test_a_second_process_on_one_run_is_refused(capsys):
+    trained("run", steps=2)
+    with open("run/.lock.part", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process" in refused(["--resume", "run", "--steps", "3"], capsys)
+    assert train.main(["--resume", "run", "--steps", "3"]) == 0
+
+
+def test_two_starts_at_once_get_two_folders(monkeypatch):
+    """The second one looks before the first one has made its folder."""
+    folders = [train.run(Options(**RUN | dict(steps=1)), brief=True)]
+    monkeypatch.setattr(os, "listdir", lambda path: [])
+    folders.append(train.run(Options(**RUN | dict(steps=1)), brief=True))
+    assert folders == [f"runs/{k:03d}-two-gaussians-taylor-edm" for k in (0, 1)]

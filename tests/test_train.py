@@ -1,518 +1,504 @@
-"""train.py: a batch is a function of (seed, step), a resumed run is the run, bad input is cheap."""
+"""train.py: the batch, the objective, rates and averages, the papers' runs, options, what a run
+leaves.  That a run goes on where it was: test_survival.py.  Several ranks: test_ranks.py."""
 
+import dataclasses
 import json
-import platform
-import shutil
-import subprocess
-import sys
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import datasets
-import losses
-import objectives
-import runs
+import evaluate
 import train
-from losses import WEIGHTS
-from schedules import SCHEDULES
+from evaluate import BadInput
+from losses import RunningBeta
+from networks import target_coefficients
+from schedules import DDPM, EDM, SCHEDULES, VP
+from train import Options
 
-TINY = ["--width", "8", "--mult", "1,1", "--blocks", "1", "--batch", "4", "--ref-batch", "8",
-        "--sample-steps", "1"]
-POINTS = ["--data", "two-gaussians", "--width", "16", "--batch", "16", "--ref-batch", "32",
-          "--sample-steps", "2"]
-
+TINY = dict(data="images.npz", width=8, mult=(1, 1), blocks=1, batch=4, ref_batch=8, holdout=0,
+            sample_steps=1, eval_every=0)
+POINTS = dict(data="two-gaussians", width=16, batch=16, ref_batch=32, sample_steps=2, eval_every=0)
+OBJECTIVES = [dict(loss="dsm"), dict(loss="stf"), dict(loss="antithetic"), dict(loss="sa"),
+              dict(loss="sa", K=4, level_noise="path", tau="window", lam=0.7),
+              *(dict(loss="taylor", order=order) for order in (0, 1, 2))]
 
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def options(argv, data="images.npz"):
-    given = {k.replace("_", "-"): v for k, v in vars(train.parser().parse_args(argv)).items()}
-    data = datasets.load_data(data)
-    return train.resolve(given, data), data
+def words(options):
+    """A command line that says these options."""
+    line = []
+    for name, value in options.items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        line += [f"--{name.replace('_', '-')}"] + ([] if value is True else [shown])
+    return line
 
 
-def batch(argv, step):
-    o, data = options(argv)
-    labels = None if data.labels is None else torch.from_numpy(data.labels)
-    schedule = runs.build_schedule(o)
-    return objectives.draw_batch(torch.from_numpy(data.x), labels, o, schedule, step)
+def refused(argv, capsys):
+    """The one sentence with which train.py refuses a command line."""
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and error.count("\n") == 1 and len(error) > 30, error
+    return error
+
+
+def log(folder, key="step"):
+    lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+# ---- The batch -----------------------------------------------------------------------------------
+
+PIXELS = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8,
+                       generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(40) % 2
+BATCH = dict(batch=8, ref_batch=16, holdout=0, cond=True, device="cpu")
+
+
+def draw(step=0, schedule=EDM(), **given):
+    return train.draw_batch(PIXELS, LABELS, Options(**BATCH | given), schedule, step)
+
+
+def tensors(batch):
+    return {name: value for name, value in vars(batch).items() if value is not None}
 
 
 def test_batch_is_a_pure_function_of_seed_and_step():
-    argv = ["--batch", "8", "--ref-batch", "16", "--xflip", "--cond"]
-    first, again, other = batch(argv, 3), batch(argv, 3), batch(argv, 4)
-    drawn = [name for name, value in first.items() if value is not None]
-    assert {"x0", "noise", "sigma", "reference", "labels", "uniform"} <= set(drawn)
-    assert all(torch.equal(first[name], again[name]) for name in drawn)
-    assert not any(torch.equal(first[name], other[name]) for name in drawn)
-    assert not torch.equal(first["noise"], batch([*argv, "--seed", "1"], 3)["noise"])
+    given = dict(xflip=True, augment=0.5)
+    first, again = tensors(draw(3, **given)), tensors(draw(3, **given))
+    assert set(first) == {"x0", "noise", "sigma", "labels", "a", "reference", "reference_labels"}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    half = (train.CHOSEN["seed"].metadata["high"] + 1) // 2           # no bit of a seed is lost
+    for step, seed in ((2, 0), (4, 0), (3, 1), (3, half)):
+        other = tensors(draw(step, seed=seed, **given))
+        assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("n", [20, 40])
-def test_source_is_in_its_reference_and_rows_do_not_repeat(n):
-    """n = 40 is the whole set, once, as it lies; its images stay uint8 until they are used."""
-    b = batch(["--batch", "8", "--ref-batch", str(n), "--cond", "--holdout", "0"], 0)
-    x0, noise, sigma, raw = (b[name] for name in ("x0", "noise", "sigma", "reference"))
-    reference = next(losses.rows(raw, x0)).view_as(raw)
-    distance, k = (x0.flatten(1)[:, None] - reference.flatten(1)).abs().amax(-1).min(1)
-    assert (distance == 0).all() and raw.dtype == torch.uint8 and len(raw) == n
-    assert torch.equal(b["reference_labels"][k], b["labels"])
-    assert len(torch.unique(raw.flatten(1), dim=0)) == n
-    assert noise.shape == x0.shape and sigma.shape == (8, 1, 1, 1) and (sigma > 0).all()
-    assert x0.min() >= -1 and x0.max() <= 1 and x0.dtype == torch.float32
+@pytest.mark.parametrize("more", [dict(), dict(ref_batch=40), dict(xflip=True),
+                                  dict(batch=16, ref_batch=16)])
+def test_sources_are_among_the_references_and_rows_do_not_repeat(more):
+    """ref_batch 40 is the whole set; images of references stay uint8 until they are used."""
+    batch = draw(**more)
+    reference = evaluate.to_float(batch.reference)
+    same, k = (batch.x0[:, None] == reference).flatten(2).all(2).max(1)
+    assert same.all() and torch.equal(batch.reference_labels[k], batch.labels)
+    rows = torch.cat([PIXELS, PIXELS.flip(-1)])
+    same, k = (batch.reference[:, None] == rows).flatten(2).all(2).max(1)
+    assert same.all() and len((k % 40).unique()) == len(k) == more.get("ref_batch", 16)
+    assert batch.reference.dtype == torch.uint8
+    assert batch.x0.dtype == batch.sigma.dtype == torch.float32 and batch.x0.abs().max() <= 1
+    assert batch.noise.shape == batch.x0.shape and batch.sigma.shape == (len(batch.x0), 1, 1, 1)
 
 
-def test_a_batch_larger_than_the_set_still_has_its_sources():
-    b = batch(["--batch", "64", "--ref-batch", "8"], 0)
-    assert torch.equal(next(losses.rows(b["reference"], b["x0"])), b["x0"].flatten(1))
-    assert len(b["x0"]) == 64
+def test_a_batch_larger_than_the_set_still_has_its_sources(capsys):
+    batch = draw(batch=64, ref_batch=64)
+    assert torch.equal(evaluate.to_float(batch.reference), batch.x0) and len(batch.x0) == 64
+    train.run(Options(**TINY | dict(batch=64, ref_batch=8, steps=1, out="run")), brief=True)
+    assert evaluate.load_run("run")[1].ref_batch == 64
 
 
-def test_xflip_mirrors_about_half_and_the_reference_with_it():
-    plain, mirrored = (batch(["--batch", "40", *flip], 0)["x0"] for flip in ([], ["--xflip"]))
+def test_xflip_mirrors_about_half():
+    plain = draw(batch=40, ref_batch=40).x0
+    mirrored = draw(batch=40, ref_batch=40, xflip=True).x0
     same = (plain == mirrored).flatten(1).all(1)
     assert torch.equal(torch.where(same[:, None, None, None], plain, plain.flip(-1)), mirrored)
     assert 10 <= same.sum() <= 30
 
 
 def test_rows_held_out_are_not_trained_on():
-    """Every 4th of 42 rows, 10 of them; built-in sets draw fresh rows, which are in no batch."""
-    rows = datasets.training_rows(42, 4)
-    assert sorted([*rows.tolist(), *range(3, 42, 4)]) == list(range(42))
-    o, data = options(["--holdout", "4", "--data", "images.npz"])
-    held, _ = runs.held_out(data, o)
-    seen = [losses.rows(batch(["--holdout", "4", "--ref-batch", "30"], s)["reference"], held)
-            for s in range(3)]
-    near = torch.cdist(held.flatten(1), torch.cat([next(r) for r in seen])).min(1).values
-    assert held.shape == (10, 3, 8, 8) and near.min() > 0.1
-    o, data = options(["--data", "two-gaussians"], "two-gaussians")
-    held, _ = runs.held_out(data, o)
+    """Every 4th row of 40; sets that are drawn here have new rows instead."""
+    seen = torch.cat([draw(step, ref_batch=30, holdout=4).reference for step in range(2)])
+    assert {tuple(row) for row in seen.flatten(1).tolist()} == {
+        tuple(row) for k, row in enumerate(PIXELS.flatten(1).tolist()) if k % 4 != 3}
+    data = evaluate.load_data("images.npz")
+    held, _ = evaluate.held_out(data, Options(data="images.npz", holdout=4, device="cpu"))
+    assert torch.equal(held, evaluate.to_float(torch.from_numpy(data.x[3::4])))
+    data = evaluate.load_data("two-gaussians")
+    held, _ = evaluate.held_out(data, Options(data="two-gaussians", holdout=0, device="cpu"))
     assert not set(map(tuple, held.tolist())) & set(map(tuple, data.x.tolist()))
-    assert held.shape == (1000, 2)
 
 
-@pytest.mark.parametrize("loss", ["dsm", "antithetic", "taylor", "stf-taylor", "sa"])
+@pytest.mark.parametrize("loss", ["dsm", "antithetic", "taylor", "sa"])
 def test_every_loss_sees_the_same_images_noise_and_sigma(loss):
-    argv = ["--batch", "8", "--xflip"]
-    stf, other = batch(argv, 5), batch([*argv, "--loss", loss], 5)
-    assert torch.equal(stf["x0"], other["x0"])
-    if loss != "sa":                                           # which has K levels of a ladder
-        assert torch.equal(stf["noise"], other["noise"])
-        assert torch.equal(stf["sigma"], other["sigma"])
+    """Whatever --ref-batch.  SA has K levels of a ladder: the nearest above sigma is the first."""
+    stf, other = draw(5, xflip=True, ref_batch=30), draw(5, xflip=True, loss=loss)
+    assert torch.equal(stf.x0, other.x0) and torch.equal(stf.labels, other.labels)
+    if loss == "sa":
+        level, t = EDM().time_steps(1000)[:-1].flip(0), other.sigma[0].flatten().double()
+        above = [level[level >= s - 1e-6].min() for s in stf.sigma.flatten().double()]
+        torch.testing.assert_close(t, torch.stack(above), rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(stf.noise, other.noise) and torch.equal(stf.sigma, other.sigma)
 
 
 def test_sa_batch_is_k_consecutive_levels_of_the_ladder_and_masked_below():
-    argv = ["--batch", "8", "--loss", "sa", "--K", "3", "--schedule", "ddpm"]
-    o, data = options(argv)
-    schedule = runs.build_schedule(o)
-    b = objectives.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
-    assert b["noise"].shape == (3, 8, 3, 8, 8) and b["sigma"].shape == b["tau"].shape == (
-        3, 8, 1, 1, 1)
-    level = (schedule.levels - b["sigma"].double().view(3, 8, 1)).abs().argmin(-1)
-    assert (level[0] - level[1] == 1).all() and (level[1] - level[2] == 1).all()
-    assert (b["tau"] == 1).all() and b["noise"][0].var() == pytest.approx(1, abs=0.1)
-    alike = [(noise[0] * noise[1]).mean() for noise in (b["noise"], objectives.draw_batch(
-        torch.from_numpy(data.x), None, o | {"level-noise": "path"}, schedule, 0)["noise"])]
-    assert abs(alike[0]) < 0.1 and alike[1] > 0.9
-    schedule.training_sigma = lambda _: schedule.levels[:1].repeat(8)            # t = 1
-    b = objectives.draw_batch(torch.from_numpy(data.x), None, o, schedule, 0)
-    assert b["tau"].view(3, 8)[:, 0].tolist() == [1, 0, 0] and (b["sigma"] == b["sigma"][0]).all()
+    ladder, given = DDPM(), dict(loss="sa", K=3)
+    batch = draw(0, ladder, **given)
+    assert batch.noise.shape == (3, 8, 3, 8, 8)
+    assert batch.sigma.shape == batch.tau.shape == (3, 8, 1, 1, 1)
+    level = (ladder.levels - batch.sigma.double().view(3, 8, 1)).abs().argmin(-1)
+    assert (level[:-1] - level[1:] == 1).all() and (batch.tau == 1).all()
+    path = draw(0, ladder, **given, level_noise="path")
+    assert (batch.noise[0] * batch.noise[1]).mean().abs() < 0.1
+    assert (path.noise[0] * path.noise[1]).mean() > 0.9
+    ladder.training_sigma = lambda u: ladder.levels[:1].repeat(len(u))                  # t = 1
+    batch = draw(0, ladder, **given)
+    assert batch.tau.view(3, 8)[:, 0].tolist() == [1, 0, 0]
+    assert (batch.sigma == batch.sigma[0]).all()
 
 
-@pytest.mark.parametrize("how", ["stratified", "antithetic"])
-def test_sigma_draws_keep_the_distribution_and_cover_it(how):
-    """Each of 8 strata holds one sigma; antithetic quantiles are u and 1 - u."""
-    argv = ["--batch", "8", "--sigma-draw", how, "--P-mean", "0", "--P-std", "1"]
-    everything = []
-    for step in range(200):
-        u = torch.special.ndtr(batch(argv, step)["sigma"].flatten().double().log())
-        everything.append(u)
-        if how == "stratified":
-            assert (u * 8).floor().sort().values.tolist() == list(range(8))
-        else:
-            torch.testing.assert_close(u[4:], 1 - u[:4], rtol=0, atol=1e-6)
-    everything = torch.cat(everything)
-    assert abs(everything.mean() - 0.5) < 0.03 and abs(everything.var() - 1 / 12) < 0.006
+def stable_target(batch, options):
+    """STF's target, off the loss of a denoiser that gives theta: its gradient at theta = 0."""
+    theta = torch.zeros_like(batch.x0, requires_grad=True)
+
+    def denoise(x, sigma, **bound):
+        return theta
+    loss = train.objective(options, denoise, batch, torch.ones_like, None, None)
+    gradient = torch.autograd.grad(loss.sum(), theta)[0]                   # 2 (theta - target)/d
+    return -gradient * theta[0].numel() / 2
 
 
-def test_switch_parts_the_batch_by_noise_level():
-    b = batch(["--batch", "40", "--loss", "stf-taylor", "--switch-sigma", "0.3", "--cond"], 0)
-    low, high = objectives.part(b, b["low"]), objectives.part(b, ~b["low"])
-    assert (low["sigma"] < 0.3).all() and (high["sigma"] >= 0.3).all()
-    assert 0 < len(low["x0"]) < 40 and len(low["x0"]) + len(high["x0"]) == 40
-    assert len(low["labels"]) == len(low["x0"]) and low["reference"] is b["reference"]
+@pytest.mark.parametrize("more", [dict(cond=False), dict(), dict(xflip=True),
+                                  dict(xflip=True, augment=0.3)], ids=str)
+def test_stable_targets_of_a_run_have_the_mean_of_its_images_and_know_their_own(more):
+    """E[target - x0] = 0 at high noise, in every value; target = x0 at low noise."""
+    options, errors = Options(**BATCH | more), []
+    for step in range(60 if "augment" in more else 300):
+        batch = draw(step, EDM(P_mean=3, P_std=0.5), **more)
+        errors.append((stable_target(batch, options) - batch.x0).mean(0).flatten())
+    errors = torch.stack(errors)
+    z = errors.mean(0) / errors.std(0) * len(errors) ** 0.5
+    assert 0.6 < (z ** 2).mean() < 1.5
+    batch = draw(0, EDM(P_mean=-6, P_std=0.5), **more)
+    torch.testing.assert_close(stable_target(batch, options), batch.x0, rtol=0, atol=1e-4)
 
 
-def test_generator_tells_seeds_steps_and_streams_apart():
-    draws = {float(torch.rand(1, generator=objectives.generator(*key)))
-             for key in [(0, 0, 0), (0, 0, 1), (0, 0, 3), (0, 1, 0), (1, 0, 0), (2 ** 31, 0, 0)]}
-    assert len(draws) == 6
+# ---- The objective -------------------------------------------------------------------------------
 
-
-def test_learning_rate_rises_stays_and_falls():
-    o = dict(lr=1.0, warmup=10, decay=0.5, steps=100)
-    rate = [objectives.learning_rate(o, step) for step in range(100)]
-    assert rate[0] == pytest.approx(0.1) and rate[9:50] == [1.0] * 41
-    assert rate[75] == pytest.approx(0.5) and rate[99] == pytest.approx(0.02)
-    assert objectives.learning_rate(dict(o, decay=0.0), 99) == 1.0
-
-
-def states(run):
-    return [torch.load(p, weights_only=True) for p in runs.checkpoints(run)]
-
-
-@pytest.mark.parametrize("extra", [[], ["--dropout", "0.3", "--cond", "--label-dropout", "0.2",
-                                        "--xflip"]])
-def test_ten_steps_are_five_and_five_bit_for_bit(extra, capsys):
-    argv = ["--data", "images.npz", *TINY, "--steps", "10", "--checkpoint-every", "5", *extra]
-    assert train.main([*argv, "--out", "whole"]) == 0
-    shutil.copytree("whole", "killed")                      # killed between steps 5 and 10
-    Path(runs.checkpoints("killed")[-1]).unlink()
-    assert train.main(["--resume", "killed"]) == 0
-    whole, killed = states("whole")[-1], states("killed")[-1]
-    assert whole["step"] == killed["step"] == 10
-    for a, b in ((whole["model"], killed["model"]), (whole["ema"]["500000"], killed["ema"]["500000"])):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    for a, b in zip(whole["optimizer"]["state"].values(), killed["optimizer"]["state"].values()):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    log = [Path(run, "log.jsonl").read_text().splitlines()[:10] for run in ("whole", "killed")]
-    assert log[0] == log[1] and [json.loads(line)["step"] for line in log[0]] == list(range(1, 11))
-    assert Path("whole/samples-0000010.png").read_bytes() == \
-        Path("killed/samples-0000010.png").read_bytes()
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_again(capsys):
-    argv = [*POINTS, "--steps", "4", "--out", "whole"]
-    assert train.main(argv) == 0
-    shutil.copytree("whole", "killed")
-    Path(runs.checkpoints("killed")[-1]).unlink()
-    assert train.main(["--resume", "killed"]) == 0
-    a, b = states("whole")[-1]["model"], states("killed")[-1]["model"]
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_checkpoints_are_plain_tensors_whole_and_two(capsys):
-    assert train.main([*POINTS, "--steps", "6", "--checkpoint-every", "2", "--out", "run"]) == 0
-    names = sorted(p.name for p in Path("run").iterdir() if p.name != "where-stf-acts.png")
-    assert names == ["checkpoint-0000004.pt", "checkpoint-0000006.pt", "log.jsonl", "options.json",
-                     "samples-0000006.png"]
-    state = states("run")[-1]
-    assert set(state) == {"step", "options", "model", "ema", "optimizer", "scaler", "beta", "skipped",
-                          "best"}
-    assert json.loads(json.dumps(state["options"])) == state["options"]
-    assert json.loads(Path("run/options.json").read_text()) == state["options"]
-
-
-@pytest.mark.parametrize("argv", ["", "--cond", "--xflip", "--cond --xflip --augment 0.3",
-                                  "--no-mean-correction"])
-def test_stable_targets_of_a_run_are_unbiased_and_their_batch_mean_is_corrected(argv):
-    """E[target - x0] = 0 over 600 batches at high noise; by the way, how much its mean varies."""
-    argv = ["--batch", "8", "--ref-batch", "16", "--P-mean", "3", "--P-std", "0.5", *argv.split()]
-    o, data = options(argv)
-    pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    schedule, tools = runs.build_schedule(o), objectives.build_tools(pixels, labels, o)
-    error, varies = [], []
-    for step in range(300 if o["augment"] else 600):
-        b = objectives.draw_batch(pixels, labels, o, schedule, step)
-        target = objectives.stable_target(b, tools, b["x0"] + b["sigma"] * b["noise"], b["sigma"])
-        error.append((target - b["x0"]).mean(0).flatten())
-        varies.append(target.mean(0).flatten())
-    error, varies = torch.stack(error), torch.stack(varies)
-    z = error.mean(0) / error.std(0) * len(error) ** 0.5
-    assert 0.7 < (z ** 2).mean() < 1.35
-    spread = varies.var(0).mean() / (pixels / 127.5 - 1).var(0).mean() * 16
-    assert spread > 0.4 if not o["mean-correction"] else spread < 0.15
-
-
-@pytest.mark.parametrize("argv", ["", "--xflip", "--cond"])
-def test_a_runs_correction_has_mean_zero_given_its_sources(argv):
-    """Over 4,000 references around the same source, mirrored or not."""
-    o, data = options(["--batch", "4", "--ref-batch", "8", *argv.split()])
-    pixels, labels = torch.from_numpy(data.x), torch.from_numpy(data.labels)
-    correction, g = objectives.build_tools(pixels, labels, o)["correction"], torch.Generator()
-    x = datasets.load_rows(pixels, torch.arange(40), None, "cpu")
-    source = x[:1].flip(-1) if o["xflip"] else x[:1]
-    total, square = 0, 0
-    for seed in range(4000):
-        others = 1 + torch.randperm(39, generator=g.manual_seed(seed))[:4]
-        flip = torch.rand(4, generator=g) < 0.5 if o["xflip"] else None
-        rows = datasets.load_rows(pixels, others, flip, "cpu")
-        key = (labels[:1], torch.cat([labels[:1], labels[others]])) if o["cond"] else (None, None)
-        b = dict(source=source, sigma=torch.full((1, 1, 1, 1), 50.0), labels=key[0],
-                 reference=torch.cat([source, rows]), reference_labels=key[1])
-        total, square = total + correction(b), square + correction(b) ** 2
-    z = total / square.sqrt()
-    assert square.sum() > 0 and (z ** 2).mean() < 1.5
-
-
-LOSSES = train.OPTIONS["loss"][0]
-
-
-def three_steps(argv, data="images.npz"):
-    """The losses of three steps, each (B,), as train.train makes them."""
-    o, data = options(argv, data)
-    pixels = torch.from_numpy(np.asarray(data.x))
-    labels = None if data.labels is None else torch.from_numpy(data.labels)
+def learned(options, data, steps=12):
+    """Losses (B,) of one batch before and after steps of Adam on it."""
+    options = dataclasses.replace(options, shape=data.x.shape[1:], classes=data.classes)
     torch.manual_seed(0)
-    denoiser, schedule = runs.build_denoiser(o), runs.build_schedule(o)
-    tools, losses = objectives.build_tools(pixels, labels, o), []
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-3)
-    for step in range(3):
-        b = objectives.draw_batch(pixels, labels, o, schedule, step)
-        losses.append(objectives.objective(o, denoiser, b, tools))
+    denoiser, schedule = evaluate.build_denoiser(options), evaluate.build_schedule(options)
+    weight, beta = evaluate.build_weight(options), RunningBeta()
+    labels = torch.from_numpy(data.labels)
+    batch = train.draw_batch(torch.from_numpy(data.x), labels, options, schedule, 0)
+    optimizer, losses = torch.optim.Adam(denoiser.parameters(), lr=2e-3), []
+    for _ in range(steps):
+        torch.manual_seed(0)                                       # dropout: the same each time
+        losses.append(train.objective(options, denoiser, batch, weight, denoiser.precondition,
+                                      beta))
         optimizer.zero_grad()
         losses[-1].mean().backward()
-        gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
-        assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+        assert all(p.grad.isfinite().all() for p in denoiser.parameters())
         optimizer.step()
-        if tools["beta"]:
-            objectives.update_beta(o, denoiser, b, tools, step)
-            assert tools["beta"].sums.isfinite().all() and tools["beta"].sums[2].sum() > 0
-    assert all(x.shape == (o["batch"],) and x.isfinite().all() for x in losses)
-    return losses
+    return losses[0], losses[-1]
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
-@pytest.mark.parametrize("weight", ["schedule", *WEIGHTS])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_weight_and_schedule_run_three_steps(loss, weight, schedule):
-    three_steps([*POINTS, "--loss", loss, "--weight", weight, "--schedule", schedule],
-                "two-gaussians")
+@pytest.mark.parametrize("number", range(len(OBJECTIVES)),
+                         ids=["-".join(map(str, more.values())) for more in OBJECTIVES])
+def test_every_objective_in_every_schedule_learns_points_and_images(number):
+    """Points with classes and an exact trace; images with all there is, in a schedule."""
+    shared = OBJECTIVES[number] | dict(device="cpu", cond=True, P_mean=-0.5, P_std=1.0)
+    images = TINY | dict(augment=0.5, xflip=True, dropout=0.1, label_dropout=0.2, arch="unet",
+                         schedule=list(SCHEDULES)[number % 5])
+    points = [POINTS | dict(arch="mlp", holdout=0, schedule=schedule) for schedule in SCHEDULES]
+    for given in (images, *points):
+        first, last = learned(Options(**given | shared), evaluate.load_data(given["data"]))
+        assert first.shape == last.shape == (given["batch"],)
+        assert first.isfinite().all() and last.isfinite().all() and last.mean() < first.mean()
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "F"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_and_target_run_on_images_with_classes_augmented_and_dropout(loss, target):
-    argv = [*TINY, "--cond", "--loss", loss, "--target", target, "--augment", "0.5", "--xflip",
-            "--dropout", "0.1", "--label-dropout", "0.2"]
-    if "taylor" in loss and target == "x0":
-        with pytest.raises(datasets.BadInput, match="holds no noise"):
-            three_steps(argv)
-    else:
-        three_steps(argv)
+@pytest.mark.parametrize("kind", ["one image of each class", "all images alike"])
+def test_stf_with_nothing_to_average_trains_bit_for_bit_as_dsm(kind):
+    """Of its class a row is the only reference, or all references are the same row."""
+    images = np.load("images.npz")["images"][:6]
+    if kind == "all images alike":
+        images[1:] = images[0]
+    np.savez("six.npz", images=images, labels=np.arange(6))
+    weights = []
+    for loss in ("stf", "dsm"):
+        train.run(Options(**TINY | dict(data="six.npz", cond=True, loss=loss, steps=6, warmup=0,
+                                        out=loss)), brief=True)
+        weights.append(evaluate.load_checkpoint(loss)["model"])
+        assert all("loss" in line for line in log(loss))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("more", [
-    "--loss sa --K 4 --level-noise path --tau window", "--loss sa --K 3 --lam 0.7 --tau paper",
-    "--loss taylor --order 1", "--loss taylor --order 2", "--loss stf-taylor --order 1",
-    "--loss stf-taylor --control atoms --atoms 3", "--loss stf --no-mean-correction",
-    "--loss stf-taylor --switch-sigma 100", "--loss stf-taylor --switch-sigma 1e-6"])
-def test_variants_of_the_losses_run_on_images(more):
-    three_steps([*TINY, "--cond", *more.split()])
+@pytest.mark.parametrize("name", ["schedule", "edm", "ve", "eps", "x0", "v"])
+def test_preconditioning_levels_and_weight_are_chosen_apart(name):
+    """EDM Table 2, config D: EDM's network on VP's levels, with VP's weight; and other networks.
+
+    A fresh network gives 0, so that D = c_skip x, and the first loss has its closed form.
+    """
+    given = Options(**POINTS | dict(schedule="vp", precondition=name, loss="dsm", steps=1, out="r"))
+    train.run(given, brief=True)
+    denoiser, options = evaluate.load_run("r")
+    rows = torch.from_numpy(evaluate.load_data("two-gaussians").x)
+    batch, vp = train.draw_batch(rows, None, options, VP(), 0), VP()
+    x, sigma = batch.x0 + batch.sigma * batch.noise, batch.sigma
+    c_skip, c_out, c_in, c_noise = vp.precondition(sigma)
+    if name in SCHEDULES:
+        c_skip, c_out, c_in, c_noise = SCHEDULES[name]().precondition(sigma)
+    elif name != "schedule":
+        c_skip, c_out = target_coefficients(name, sigma)
+    loss = (vp.weight(sigma) * (c_skip * x - batch.x0) ** 2).mean()
+    assert log("r")[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    want = c_skip * x + c_out * denoiser.model(c_in * x, c_noise.flatten())
+    torch.testing.assert_close(denoiser(x, sigma), want)
 
 
-def test_exact_trace_runs_on_points():
-    three_steps([*POINTS, "--loss", "taylor", "--order", "2", "--trace", "exact"], "two-gaussians")
+# ---- Rates, averages -----------------------------------------------------------------------------
+
+def test_learning_rate_rises_stays_and_falls():
+    options = Options(lr=1.0, warmup=10, decay=0.5, steps=100)
+    rate = [train.learning_rate(options, step) for step in range(100)]
+    assert rate[0] == pytest.approx(0.1) and rate[9:50] == [1.0] * 41
+    assert rate[75] == pytest.approx(0.5) and rate[99] == pytest.approx(0.02)
+    assert train.learning_rate(dataclasses.replace(options, decay=0.0), 99) == 1.0
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_trains_from_end_to_end_in_every_schedule(loss, schedule, capsys):
-    assert train.main([*POINTS, "--loss", loss, "--schedule", schedule, "--steps", "3"]) == 0
-    losses = [json.loads(line)["loss"] for line in
-              Path(f"runs/000-two-gaussians-{loss}/log.jsonl").read_text().splitlines()[:3]]
-    assert len(losses) == 3 and np.isfinite(losses).all()
+def test_half_life_counts_images_and_ramps_up():
+    options = Options(batch=10, ema_rampup=0.05)
+    assert train.ema_beta(100, options, 10 ** 6) ** 10 == pytest.approx(0.5)     # 100 images
+    for step in (1, 7, 199):                                # at most a 20th of the images seen
+        assert train.ema_beta(100, options, step) == pytest.approx(0.5 ** (20 / step))
+    assert train.ema_beta(100, options, 200) == train.ema_beta(100, options, 201)
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    ("--loss dsm --K 3", "--K belongs to --loss sa"),
-    ("--loss sa --no-mean-correction", "--mean-correction belongs to --loss stf and stf-taylor"),
-    ("--loss stf --order 1", "--order belongs to --loss taylor and stf-taylor"),
-    ("--loss sa --K 1001", "--K: the ladder has 1000 levels"),
-    ("--loss stf-taylor --control atoms --switch-sigma 1", "belongs to --control switch"),
-    ("--loss stf-taylor --atoms 2", "--atoms belongs to --control atoms"),
-    ("--loss taylor --trace exact", "--trace belongs to --order 1 or 2"),
-    ("--schedule ddpm --P-mean 0", "--P-mean and --P-std belong to --schedule edm"),
-    ("--loss sa --lam inf", "inf is not at least 0"), ("--switch-sigma 0", "not a number above 0"),
-    ("--batch 3000000000", "not within [1, 65536]"), ("--init nowhere", "nowhere"),
-    ("--loss stf-taylor --control atoms --order 1", "--control atoms has order 0 only"),
-    ("--loss stf-taylor --control atoms --augment 0.1", "--control atoms would have to augment"),
-    ("--data two-gaussians --augment 0.1", "--augment: its transforms are for images")])
-def test_combinations_without_meaning_are_refused_with_a_reason(argv, sentence, capsys):
-    argv = argv if "--data" in argv else "--data images.npz " + argv
-    assert train.main([*argv.split(), "--steps", "1"]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and not Path("runs").exists()
+def test_a_run_keeps_averages_of_several_half_lives_and_samples_use_the_first():
+    train.run(Options(**POINTS | dict(steps=6, ema=(20, 400), ema_rampup=1.0, checkpoint_every=1,
+                                      keep=6, out="run")), brief=True)
+    states = [evaluate.load_checkpoint(path) for path in evaluate.checkpoints("run")]
+    for half_life in ("20", "400"):
+        average = states[0]["ema"][half_life]
+        for step, state in enumerate(states[1:], 2):
+            beta = train.ema_beta(int(half_life), Options(batch=16, ema_rampup=1.0), step)
+            average = {name: beta * average[name] + (1 - beta) * weight
+                       for name, weight in state["model"].items()}
+            torch.testing.assert_close(state["ema"][half_life], average)
+        denoiser, _ = evaluate.load_run("run", weights="ema" if half_life == "20" else half_life)
+        torch.testing.assert_close(dict(denoiser.state_dict()), average)
+    with pytest.raises(BadInput, match="--weights 7"):
+        evaluate.load_run("run", weights="7")
 
 
-def test_stf_taylor_switched_off_is_stf_and_stf_on_one_image_is_dsm():
-    stf = three_steps([*TINY, "--loss", "stf"])
-    switched = three_steps([*TINY, "--loss", "stf-taylor", "--switch-sigma", "1e-9"])
-    assert all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(stf, switched))
-    np.savez("same.npz", images=np.repeat(np.load("images.npz")["images"][:1], 8, 0))
-    stf, dsm = (three_steps([*TINY, "--loss", loss], "same.npz") for loss in ("stf", "dsm"))
-    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(stf, dsm))
+# ---- The papers' runs ----------------------------------------------------------------------------
+
+MIMG = 1e6
+EDM_F = dict(length=200 * MIMG, batch=512, lr=10e-4, warmup=10 * MIMG, half_life=0.5 * MIMG,
+             dropout=0.13, augment=0.12, clip=None)                         # EDM Table 7, config F
+FFHQ = EDM_F | dict(batch=256, lr=2e-4, dropout=0.05, augment=0.15)
+IMAGENET = EDM_F | dict(length=2500 * MIMG, batch=4096, lr=1e-4, half_life=50 * MIMG, dropout=0.10,
+                        augment=0)
+SCORE_SDE = dict(steps=1_300_000, batch=128, lr=2e-4, warmup_steps=5000, decay=0.9999, dropout=0.1,
+                 xflip=True, clip=1.0)                          # Song et al. 2021's code, and STF's
+DEBIAS = dict(steps=500_000, batch=8, lr=2e-5, warmup_steps=0, decay=0.9999, dropout=0, clip=1.0)
+PUBLISHED = {                                        # name: values, loss, schedule, network
+    "cifar10-edm-vp": (EDM_F, "stf", "edm", "ddpmpp"),
+    "cifar10-edm-ve": (EDM_F, "stf", "edm", "ncsnpp"),
+    "ffhq64": (FFHQ, "stf", "edm", "ddpmpp"), "imagenet64-adm": (IMAGENET, "stf", "edm", "adm"),
+    "cifar10-ve": (SCORE_SDE, "stf", "ve", "ncsnpp"),
+    "cifar10-vp": (SCORE_SDE, "stf", "vp", "ddpmpp"),
+    "celeba64-ve": (SCORE_SDE, "stf", "ve", "ncsnpp"),
+    "cifar10-ddpm": (SCORE_SDE | dict(steps=500_000), "sa", "ddpm", "ddpmpp"),
+    "ffhq256-adm": (DEBIAS, "dsm", "ddpm", "adm")}
 
 
-def test_init_takes_network_and_noise_levels_of_the_run_and_its_data(capsys):
-    """So that the hint "train.py --head npr --init RUN" is enough; the trunk stays bit for bit."""
-    argv = [*POINTS, "--schedule", "vp", "--loss", "dsm", "--steps", "5", "--out", "first"]
-    assert train.main(argv) == 0
-    assert train.main(["--head", "npr", "--init", "first", "--steps", "5", "--warmup", "0",
-                       "--sample-steps", "1", "--weight-decay", "50", "--out", "head"]) == 0
-    assert "loss      head-npr, schedule vp" in capsys.readouterr().out
-    first, head = states("first")[-1], states("head")[-1]
-    assert head["options"]["schedule"] == "vp" and head["options"]["data"] == "two-gaussians"
-    for name, weight in first["ema"]["20000"].items():
-        assert torch.equal(weight, head["ema"]["20000"][name])
-        assert torch.equal(weight, head["model"][name])
-    for change in (["--schedule", "edm"], ["--target", "x0"], ["--width", "8"]):
-        assert train.main(["--head", "npr", "--init", "first", *change]) == 2
-        assert "--init first: cannot change" in capsys.readouterr().err
-    assert train.main(["--head", "npr", "--init", "first", "--loss", "stf"]) == 2
-    assert train.main(["--data", "images.npz", "--init", "first"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2 and not Path("runs").exists()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_its_papers_values(name):
+    """EDM states lengths in images, the others in steps, and averages as a factor for each step."""
+    own, (paper, *kind) = Options(**train.PRESETS[name]), PUBLISHED[name]
+    batch = paper["batch"]
+    assert own.batch == batch and own.lr == pytest.approx(paper["lr"])
+    assert own.steps == (paper.get("steps") or round(paper["length"] / batch))
+    assert own.warmup == pytest.approx(paper.get("warmup_steps", paper.get("warmup", 0) / batch),
+                                       abs=1)
+    half_life = paper.get("half_life") or batch * math.log(0.5) / math.log(paper["decay"])
+    assert own.ema[0] == pytest.approx(half_life, rel=1e-3)
+    assert (own.dropout, own.augment) == (paper["dropout"], paper.get("augment", 0))
+    assert own.clip == paper["clip"] if paper["clip"] else own.clip > 1e6
+    assert own.xflip == paper.get("xflip", False) and own.decay == 0 and own.beta2 == 0.999
+    assert [own.loss, own.schedule, own.arch] == kind
 
 
-def test_a_resumed_run_has_its_control_coefficients(capsys):
-    argv = [*POINTS, "--loss", "taylor", "--checkpoint-every", "20"]
-    assert train.main([*argv, "--steps", "40", "--decay", "0", "--out", "whole"]) == 0
-    assert train.main([*argv, "--steps", "20", "--decay", "0", "--out", "half"]) == 0
-    assert train.main(["--resume", "half", "--steps", "40"]) == 0
-    whole, half = states("whole")[-1], states("half")[-1]
-    assert torch.equal(whole["beta"], half["beta"]) and whole["beta"].any()
-    assert all(torch.equal(whole["model"][k], half["model"][k]) for k in whole["model"])
+def test_presets_are_all_published_but_mnist_and_can_be_listed(capsys):
+    assert set(train.PRESETS) == {*PUBLISHED, "mnist"}
+    assert train.main(["--preset", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}\n" in shown for name in train.PRESETS) and "lr = 0.001" in shown
 
 
-def test_a_run_killed_before_its_report_gets_it_on_resume(capsys):
-    assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
-    want = capsys.readouterr().out.split("minutes")[1]
-    log = Path("run/log.jsonl").read_text().splitlines(keepends=True)
-    Path("run/samples-0000002.png").unlink()
-    Path("run/log.jsonl").write_text("".join(log[:-1]))
-    assert train.main(["--resume", "run"]) == 0
-    assert capsys.readouterr().out.split("minutes")[1] == want
-    assert Path("run/log.jsonl").read_text().splitlines(keepends=True) == log
-    assert train.main(["--resume", "run"]) == 2 and "--steps" in capsys.readouterr().err
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_a_presets_network_can_be_built(name):
+    options = Options(**train.PRESETS[name])
+    size = options.size or (28 if name == "mnist" else 32)
+    options.shape, options.arch = (3, size, size), options.arch or "ddpmpp"
+    options.P_mean, options.P_std = -1.2, 1.2
+    with torch.device("meta"):
+        denoiser = evaluate.build_denoiser(options)
+    assert sum(p.numel() for p in denoiser.parameters()) > 1e6
 
 
-def test_a_half_life_beyond_the_run_is_told(capsys):
-    for half_life, told in (("64,8", False), ("65,8", True)):
-        argv = [*POINTS, "--steps", "2", "--batch", "32", "--ema", half_life, "--dry-run"]
-        assert train.main(argv) == 0
-        assert ("more than the 64 images" in capsys.readouterr().out) == told
+# ---- Options -------------------------------------------------------------------------------------
+
+BAD = [                               # a command line, and words of the sentence that refuses it
+    ("--los dsm", "--los"), ("--loss gan", "--loss"), ("--data imagenet", "imagenet"),
+    ("--data nothing.zip", "nothing.zip"), ("--data corrupt.zip", "corrupt.zip"),
+    ("--batch 0", "--batch 0 is not within [1, 65536]"), ("--batch 3000000000", "--batch"),
+    ("--steps many", "--steps"), ("--lr -1", "--lr"), ("--lr 1e30", "--lr"), ("--lr nan", "--lr"),
+    ("--beta2 1", "--beta2"), ("--P-std 0", "--P-std"), ("--dropout 1.5", "--dropout"),
+    ("--width 5", "--width"), ("--width 2", "--width"), ("--mult 1,x", "--mult"),
+    ("--mult 0,1", "--mult"), ("--ema 0", "--ema"), ("--K 0 --loss sa", "--K"),
+    ("--K 1001 --loss sa", "--K"), ("--attend 5", "--attend"),
+    ("--attend 2 --mult 1,1", "--attend"),
+    ("--mult 1,1,1,1,1", "choose another --size, --width or --mult"), ("--arch mlp", "--arch mlp"),
+    ("--label-dropout 0.1", "--label-dropout needs --cond"), ("--device abacus", "--device abacus"),
+    ("--holdout 1", "--holdout 1"), ("--out used", "used is not empty"),
+    ("--init nowhere", "nowhere"), ("--head sn", "--head needs --init"),
+    ("--loss dsm --K 3", "--K belongs to --loss sa"), ("--lam 1", "--lam belongs to --loss sa"),
+    ("--tau paper", "--tau belongs to --loss sa"),
+    ("--order 1", "--order belongs to --loss taylor"),
+    ("--level-noise path", "--level-noise belongs to --loss sa"),
+    ("--schedule ddpm --P-mean 0", "--P-mean belongs to --schedule edm"),
+    ("--loss taylor --precondition x0", "--precondition x0"),
+    ("--resume nowhere", "nowhere does not exist"), ("--resume", "there is no run under runs/"),
+    ("--preset imagenet", "--preset"), ("--preset ffhq64 --data two-gaussians", "--size"),
+    *((f"--data two-gaussians {option}", option.split()[0]) for option in (
+        "--augment 0.1", "--xflip", "--size 8", "--arch unet", "--label-dropout 0.1 --cond",
+        "--dropout 0.1", "--mult 1,2", "--attend 8")),
+    ("--data checkerboard --cond", "--cond: checkerboard has no labels")]
 
 
-@pytest.mark.parametrize("arch", ["unet", "ddpmpp", "ncsnpp", "adm"])
-def test_every_arch_trains_on_images(arch, capsys):
-    assert train.main(["--data", "images.npz", "--arch", arch, *TINY, "--steps", "2"]) == 0
-    assert "Frechet distance" in capsys.readouterr().out
+@pytest.mark.parametrize("line, sentence", BAD, ids=[line for line, _ in BAD])
+def test_bad_input_is_one_sentence_that_names_the_option_and_costs_nothing(line, sentence, folder,
+                                                                           capsys):
+    Path("corrupt.zip").write_bytes(b"PK\x03\x04 not a zip")
+    Path("used").mkdir()
+    Path("used/precious").write_text("thesis")
+    before = sorted(folder.rglob("*"))
+    argv = line.split()
+    if "--resume" not in line:
+        argv = ["--data", "images.npz", "--width", "8", "--steps", "1", *argv]
+    assert sentence in refused(argv, capsys)
+    assert sorted(folder.rglob("*")) == before and Path("used/precious").read_text() == "thesis"
+
+
+def test_options_from_python_and_from_a_file_are_checked_too(capsys):
+    bad = [dict(steps=2.5), dict(steps="3"), dict(lr="fast"), dict(cond=1), dict(seed=True),
+           dict(mult=2), dict(mult=("a",)), dict(ema=()), dict(loss="gan"), dict(clip=0.0),
+           dict(size="8")]
+    for given in bad:
+        with pytest.raises(BadInput, match=f"--{next(iter(given))}"):
+            train.run(Options(**TINY | given))
+    assert not Path("runs").exists()
+    train.run(Options(**TINY | dict(steps=1, out="run")), brief=True)
+    good = json.loads(Path("run/options.json").read_text())
+    for given in (*bad, dict(batch=0), dict(beta2=1.0), dict(colour="red")):
+        Path("run/options.json").write_text(json.dumps(good | given))
+        assert next(iter(given)) in refused(["--resume", "run", "--steps", "2"], capsys)
+
+
+# ---- What a run leaves ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch, schedule, loss", [
+    ("unet", "edm", "stf"), ("ddpmpp", "vp", "dsm"), ("ncsnpp", "ve", "antithetic"),
+    ("adm", "ddpm", "sa"), ("mlp", "iddpm", "taylor")])
+def test_the_command_trains_every_network_and_tells_what_it_did(arch, schedule, loss, capsys):
+    given = POINTS if arch == "mlp" else TINY
+    given = given | dict(arch=arch, schedule=schedule, loss=loss, steps=3)
+    assert train.main(words(given)) == 0
+    shown, run = capsys.readouterr().out, f"runs/000-{Path(given['data']).stem}-{loss}-{schedule}"
+    for line in (f"loss      {loss}, schedule {schedule}, 3 steps", "\n3 steps in 0.",
+                 "Frechet distance", f"samples     {run}/samples-0000003.png",
+                 f"evaluate.py sample {run}"):
+        assert line in shown
+    assert Path(run, "samples-0000003.png").stat().st_size > 500
+    assert [line["step"] for line in log(run, "loss")] == [1, 2, 3]
 
 
 def test_training_learns_the_data(capsys):
     """300 steps on two Gaussians: samples far nearer to the data than noise of its moments."""
-    assert train.main(["--data", "two-gaussians", "--width", "64", "--steps", "300", "--batch",
-                       "128", "--ref-batch", "256", "--warmup", "20", "--out", "run"]) == 0
-    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
-    assert last["frechet_pixels"] < 0.02               # 0.5 for all samples at one of the two means
-    denoiser, schedule = runs.load_run("run")[0], SCHEDULES["edm"]()
-    x = runs.generate(denoiser, range(500), [2], "heun", schedule, 18)
-    near = (x.abs() - 0.48).abs().max(1).values < 0.5  # 3.6 standard deviations of a component
+    argv = ["--data", "two-gaussians", "--width", "64", "--steps", "300", "--batch", "128",
+            "--ref-batch", "256", "--warmup", "20", "--out", "run"]
+    assert train.main(argv) == 0
+    report = log("run", "report")[0]["report"]
+    assert report["frechet_pixels"] < 0.02             # 0.5 for all samples at one of the two means
+    denoiser, options = evaluate.load_run("run")
+    x = evaluate.generate(denoiser, options, range(500), steps=18)
+    near = (x.abs() - 0.48).abs().amax(1) < 0.5        # 3.6 standard deviations of a component
     assert near.float().mean() > 0.9 and 0.35 < (x[:, 0] > 0).float().mean() < 0.65
-    table = {row[0]: row[1:] for row in last["loss_by_sigma"]}
+    table = {row[0]: row[1:] for row in report["loss_by_sigma"]}
     assert table[5][1] < 0.2 * table[5][0]             # DSM's target is all noise there, STF's not
 
 
-def test_dry_run_prints_every_option_and_writes_nothing(folder, capsys):
-    assert train.main(["--data", "images.npz", "--width", "8", "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in train.OPTIONS)
-    assert [p.name for p in folder.iterdir()] == ["images.npz"]
+def test_checkpoints_are_plain_and_whole_and_two_of_them_are_kept(capsys):
+    assert train.main(words(POINTS | dict(steps=6, checkpoint_every=2, out="run"))) == 0
+    names = {path.name for path in Path("run").iterdir()} - {".lock.part", "where-stf-acts.png"}
+    assert names == {"checkpoint-0000004.pt", "checkpoint-0000006.pt", "log.jsonl", "options.json",
+                     "samples-0000006.png"}
+    state = torch.load("run/checkpoint-0000006.pt", weights_only=True)
+    stored = json.loads(Path("run/options.json").read_text())
+    assert json.loads(json.dumps(state["options"])) == stored
+    assert stored["shape"] == [2] and stored["lr"] == 5e-3 and stored["width"] == 16
 
 
-BAD = {
-    "unknown option": ["--los", "dsm"],
-    "unknown loss": ["--loss", "gan"],
-    "unknown data": ["--data", "imagenet"],
-    "missing file": ["--data", "nothing.zip"],
-    "corrupt zip": ["--data", "corrupt.zip"],
-    "batch 0": ["--batch", "0"],
-    "steps not a number": ["--steps", "many"],
-    "rate below 0": ["--lr", "-1"],
-    "deviation 0": ["--P-std", "0"],
-    "odd width": ["--width", "3"],
-    "dropout above 1": ["--dropout", "1.5"],
-    "cond without labels": ["--data", "checkerboard", "--cond"],
-    "xflip of points": ["--data", "checkerboard", "--xflip"],
-    "size of points": ["--data", "checkerboard", "--size", "8"],
-    "mlp of images": ["--data", "images.npz", "--arch", "mlp"],
-    "unet of points": ["--data", "checkerboard", "--arch", "unet"],
-    "mult not numbers": ["--data", "images.npz", "--mult", "1,x"],
-    "mult of zero": ["--data", "images.npz", "--mult", "0,1"],
-    "size not divisible": ["--data", "images.npz", "--mult", "1,1,1,1,1"],
-    "label dropout without labels": ["--data", "images.npz", "--label-dropout", "0.1"],
-    "unknown device": ["--data", "images.npz", "--device", "abacus"],
-    "no such run": ["--resume", "nowhere"],
-    "nothing to resume": ["--resume"],
-    "folder in use": ["--data", "images.npz", "--width", "8", "--out", "used"],
-}
+def test_a_half_life_beyond_the_run_is_told(capsys):
+    for half_life, told in (((64, 8), False), ((65, 8), True)):
+        train.run(Options(**POINTS | dict(steps=2, batch=32, ema=half_life)), brief=True)
+        assert ("longer than the 64 images" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("argv", BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence_and_costs_nothing(argv, folder, capsys):
-    Path("corrupt.zip").write_bytes(b"PK\x03\x04 not a zip")
-    Path("used").mkdir()
-    Path("used/precious").write_text("thesis")
-    before = sorted(str(p) for p in folder.rglob("*"))
-    assert train.main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train.py: ") and error.count("\n") == 1 and len(error) > 30
-    assert sorted(str(p) for p in folder.rglob("*")) == before
-    assert Path("used/precious").read_text() == "thesis"
+def test_a_run_logs_the_error_of_both_weights_on_the_same_rows_whatever_the_seed():
+    given = POINTS | dict(steps=20, eval_every=10, warmup=0, seed=7, out="run")
+    train.run(Options(**given), brief=True)
+    lines = log("run", "held_out")
+    assert [line["step"] for line in lines] == [10, 20]
+    data = evaluate.load_data("two-gaussians")
+    for kind in ("raw", "ema"):
+        denoiser, options = evaluate.load_run("run", weights=kind)
+        options.seed = 0
+        error = evaluate.denoising_error(denoiser, *evaluate.held_out(data, options))
+        assert lines[-1]["held_out"][kind] == pytest.approx(error)
+        assert len(error) == len(lines[-1]["levels"])
+    assert lines[-1]["held_out"]["raw"] != lines[-1]["held_out"]["ema"]
 
 
-def test_resume_refuses_what_would_not_be_the_same_run(capsys):
-    assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
-    capsys.readouterr()
-    kept = Path(runs.checkpoints("run")[-1]).read_bytes()
-    for argv, word in [(["--lr", "1"], "--lr 1.0 (was 0.005)"), ([], "--steps"),
-                       (["--data", "checkerboard"], "--data checkerboard")]:
-        assert train.main(["--resume", "run", *argv]) == 2
-        assert word in capsys.readouterr().err
-    assert Path(runs.checkpoints("run")[-1]).read_bytes() == kept
-    assert train.main(["--resume", "run", "--steps", "3"]) == 0
+def test_distances_are_logged_by_their_count_and_the_best_checkpoint_is_kept(monkeypatch):
+    values = iter([5.0, 2.0, 3.0])
+    monkeypatch.setattr(evaluate, "run_distance", lambda *given, **more: next(values))
+    train.run(Options(**POINTS | dict(steps=6, fid_every=2, fid_num=30, keep=1, out="run")),
+              brief=True)
+    lines = log("run", "frechet_pixels_30")
+    assert [(line["step"], line["frechet_pixels_30"]) for line in lines] == [(2, 5), (4, 2), (6, 3)]
+    assert [Path(path).name for path in evaluate.checkpoints("run")] == ["checkpoint-0000006.pt"]
+    assert evaluate.load_checkpoint("run/best.pt")["step"] == 4
+    assert evaluate.load_checkpoint("run")["best"] == 2.0
 
 
-def test_resume_refuses_data_that_has_changed(capsys):
-    argv = ["--data", "images.npz", *TINY, "--steps", "1", "--out", "run"]
-    assert train.main(argv) == 0
-    np.savez("images.npz", images=np.zeros((40, 8, 8, 3), np.uint8))
-    capsys.readouterr()
-    assert train.main(["--resume", "run", "--steps", "2"]) == 2
-    assert "other data" in capsys.readouterr().err
-
-
-def test_a_damaged_checkpoint_is_named(capsys):
-    assert train.main([*POINTS, "--steps", "2", "--out", "run"]) == 0
-    path = Path(runs.checkpoints("run")[-1])
-    path.write_bytes(path.read_bytes()[:100])
-    capsys.readouterr()
-    assert train.main(["--resume", "run", "--steps", "3"]) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error and error.count("\n") == 1
-
-
-def test_nan_stops_the_run_with_a_sentence(capsys):
-    assert train.main([*POINTS, "--steps", "50", "--lr", "1e30", "--clip", "1e30"]) == 2
-    assert "ten steps in a row" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_layer():
-    """64 MiB, made and freed: every page of it is faulted in each time, or the first time only."""
-    code = """if True:
-        import resource, torch, objectives
-        def faults():
-            start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(1 << 24)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
-        print(min(faults() for _ in range(9)))
-        objectives.arrange_memory(torch.nn.Linear(1, 1), "dsm")
-        print(min(faults() for _ in range(9)))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(train.__file__).parent)
-    before, after = map(int, done.stdout.split())
-    assert before >= 32 and after < before / 4                   # 32: where pages have 2 MiB
+def test_init_takes_network_and_noise_levels_and_a_head_leaves_the_network_alone(capsys):
+    """So that the hint "train.py --head npr --init RUN" is enough, beside the data."""
+    data = ["--data", "two-gaussians", "--steps", "1"]
+    train.run(Options(**POINTS | dict(schedule="vp", precondition="v", loss="dsm", steps=5,
+                                      out="first")), brief=True)
+    first = evaluate.load_checkpoint("first")
+    averages = first["ema"]["20000"]
+    train.run(Options(data="two-gaussians", init="first", steps=1, lr=1e-9, out="more"), brief=True)
+    torch.testing.assert_close(evaluate.load_checkpoint("more")["model"], averages)
+    train.run(Options(data="two-gaussians", head="npr", init="first", steps=5, warmup=0,
+                      out="head"), brief=True)
+    head = evaluate.load_checkpoint("head")
+    assert head["options"]["schedule"] == "vp" and head["options"]["precondition"] == "v"
+    assert set(head["model"]) > set(averages)
+    for name, weight in averages.items():
+        assert torch.equal(weight, head["model"][name])
+        assert torch.equal(weight, head["ema"]["20000"][name])
+    for change in ("--schedule edm", "--precondition x0", "--width 8"):
+        line = [*data, "--head", "npr", "--init", "first", *change.split()]
+        assert f"cannot change {change}" in refused(line, capsys)
+    assert "--loss" in refused([*data, "--head", "npr", "--init", "first", "--loss", "dsm"], capsys)
+    refused(["--data", "images.npz", "--init", "first"], capsys)

@@ -1,0 +1,262 @@
+"""papers/sa.py: losses on sequences of noise levels, after SA-DPM.
+
+    python -m papers.sa table              from the repository's root
+
+SA = Nguyen et al. 2024, "On Inference Stability for Diffusion Models".  A sampler takes a step from
+each noise level to the next, and the errors of all steps add up: at the end it is off by
+
+    d = sum_i tau_i (eps_hat_i - eps_i)                                              (Theorem 1)
+
+DDPM's loss asks that each error be small.  SA-K also asks that those of K consecutive levels cancel:
+
+    L = |eps_hat_t - eps_t|^2 + lam |1/K sum_s tau_s (eps_hat_s - eps_s)|^2          (sec. 3.2)
+
+Published: tau = 1, an independent noise for each level, lam = 1, .3, .2 for K = 2, 3, 4.  Runs here
+have constant weights, DDPM's ladder and equal numbers of steps, as the paper's; a step of SA-K costs
+about K steps of plain score matching, dsm.  train.py's --tau, --level-noise and --windows (of which
+the paper's differ from those of the published code) apply to the runs of SA-K.
+"""
+
+import itertools
+import sys
+from functools import partial
+
+import torch
+
+import evaluate
+import train
+from evaluate import BadInput, Progress, load_run, run_data
+from losses import sa_tau
+from papers.plot import main, mean_and_sd, show, trained
+from samplers import analytic_covariance, ddpm, seeded_noise
+from schedules import DDPM
+
+LEVELS = DDPM().levels                                       # sigma of t = 1 ... 1000
+LAM = {2: 1.0, 3: 0.3, 4: 0.2}                               # by K
+LOSSES = {"dsm": dict(loss="dsm")} | {f"SA-{K}": dict(loss="sa", K=K, lam=lam)
+                                      for K, lam in LAM.items()}
+
+
+# ---- Distances -----------------------------------------------------------------------------------
+
+def given(args, loss):
+    """The options of a run with this loss, but for the loss: the user's, where they apply."""
+    options = dict(schedule="ddpm", weight="constant", steps=400, eval_every=0, fid_num=128)
+    for name, value in args.options.items():
+        if train.BELONGS.get(name) in (None, ("loss", loss)):
+            options[name] = value
+    return options
+
+
+def distances(args, variants, draws):
+    """How far samples of runs are from the data: {case: {name: a distance for each seed}}.
+
+    variants: {name: options of a run}.  draws(folder): for each case, whose weights draw the
+    samples of that run, and how.  Also returns the floor, which is what as many real images get,
+    and the options of a run.
+    """
+    found, real = {}, None
+    pairs = list(itertools.product(variants, range(args.seed, args.seed + args.seeds)))
+    told = Progress("runs", len(pairs))
+    for i, (name, seed) in enumerate(pairs):
+        own = variants[name]
+        folder = trained(given(args, own["loss"]), **own, seed=seed)
+        for case, path, how in draws(folder):
+            network, options = load_run(path, args.options.get("device"))
+            real = real or train.real_statistics(options, run_data(options))
+            distance = evaluate.run_distance(network, options, *real, **how)
+            found.setdefault(case, {}).setdefault(name, []).append(distance)
+        told(i + 1)
+    return found, real[2]["floor"], options
+
+
+def way(args, folder, name):
+    """Whose weights draw the samples of a run, and how, by one of table's samplers."""
+    if name in ("ddpm", "ddim"):
+        return folder, dict(sampler=name)
+    network, options = load_run(folder, args.options.get("device"))
+    if name == "analytic":
+        moments = evaluate.analytic_moments(network, options)
+        return folder, dict(sampler="ddpm", variance=analytic_covariance(*moments))
+    plain = given(args, None) | dict(steps=args.head)
+    for option in ("loss", "weight"):                     # a head has its own loss
+        plain.pop(option, None)
+    folder = trained(plain, head=name, init=folder, seed=options.seed)
+    return folder, dict(sampler="ddpm", variance=name)
+
+
+def table(args):
+    """Samples of dsm and SA-2, -3, -4, by sampler and number of steps T (SA tables 1-4).
+
+    Frechet distances to the data, mean and standard deviation over seeds; less is better.  The
+    samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
+    NPR-DPM's, whose second heads are trained afterwards in --head steps.  The paper says that SA-K
+    is better in all of them, most of all in few steps.  30 minutes.
+    """
+    def draws(folder):
+        for name in args.samplers:
+            path, how = way(args, folder, name)
+            for T in args.T:
+                yield (name, T), path, how | dict(steps=T)
+
+    found, floor, options = distances(args, LOSSES, draws)
+    rows = [[*case, *(x for name in LOSSES for x in mean_and_sd(values[name]))]
+            for case, values in found.items()]
+    spread = {name: f"sd {name}" for name in LOSSES}
+    panels = [dict(x="T", y=list(LOSSES), where=("sampler", name), title=name, spread=spread,
+                   marker="o", floor=floor, xlabel="sampling steps T",
+                   ylabel=f"Frechet distance, {options.fid_num} samples")
+              for name in args.samplers]
+    show(args, ["sampler", "T", *itertools.chain(*spread.items())], rows, panels,
+         f"Sequence-aware losses, by sampler: {options.data}, floor {floor:.4g}")
+
+
+def ablation(args):
+    """Samples of SA-K by the weight lam of its second term (SA table 4).
+
+    Distances as in table, with the sampler ddpm.  The paper says that with lam = 1, .3, .2 for K =
+    2, 3, 4 SA-K is better than dsm for all T, and that a larger lam helps at small T alone.  25
+    minutes, beside those of table.
+    """
+    def draws(folder):
+        for T in args.T:
+            yield T, folder, dict(sampler="ddpm", steps=T)
+
+    variants = {"dsm": LOSSES["dsm"]} | {
+        (K, lam): dict(loss="sa", K=K, lam=lam) for K in args.K for lam in args.lam}
+    found, floor, options = distances(args, variants, draws)
+    spread = {name: f"sd {name}" for name in ("dsm", *(f"SA-{K}" for K in args.K))}
+    rows = []
+    for T, lam in itertools.product(args.T, args.lam):
+        cells = [mean_and_sd(found[T][name]) for name in ("dsm", *((K, lam) for K in args.K))]
+        rows.append([T, lam, *itertools.chain(*cells)])
+    panels = [dict(x="lam", y=list(spread), where=("T", T), title=f"T = {T} sampling steps",
+                   spread=spread, marker="o", floor=floor, xlabel="lam",
+                   ylabel=f"Frechet distance, {options.fid_num} samples") for T in args.T]
+    show(args, ["T", "lam", *itertools.chain(*spread.items())], rows, panels,
+         f"Weight of SA's second term: {options.data}, {options.steps} training steps, floor "
+         f"{floor:.4g}")
+
+
+# ---- Estimation gap ------------------------------------------------------------------------------
+
+@torch.no_grad()
+def estimation_gap(denoise, x0, ladder, noise):
+    """How far errors of eps_hat have led sampling astray, step by step (SA Theorem 1, fig. 4).
+
+        d_t = sum_{i>t} tau_i (eps_hat(x_i) - eps_i),     eps_i = (x_i - x0)/sigma_i
+
+    x_T = x0 + sigma_T noise(); the x_i below are ancestral sampling's own states, and eps_i is the
+    noise that is in them.  Then d_1 is the x_1 of the true reverse process, which knows x0, less the
+    model's from the same noise, in DDPM's frame.  Carried from x_1 back to x_t it is the distance
+    there: each step from i shrinks it by (sigma_{i-1}/sigma_i)^2.
+
+    ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: at x_t the mean over samples and
+    coordinates, their rms, and what the rms were if errors of different steps were unrelated.
+    """
+    found, d, squares, told = [], 0, 0, Progress("sampling steps", len(ladder) - 1)
+    tau = iter(sa_tau(ladder, torch.arange(len(ladder), 1, -1), 1, "paper")[0])
+
+    def watched(x, sigma):
+        nonlocal d, squares
+        D = denoise(x, sigma)
+        error = next(tau) * (x0 - D) / sigma                             # tau (eps_hat - eps)
+        d, squares = d + error, squares + error.square().mean()
+        found.append(torch.stack([d.mean(), d.square().mean().sqrt(), squares.sqrt()]))
+        told(len(found))
+        return D
+
+    ddpm(watched, x0 + ladder[-1] * noise(), ladder.flip(0), noise)
+    carried = ladder ** 2 / (1 + ladder ** 2).sqrt()
+    back = (carried / carried[0])[:-1].flip(0)                           # t = T-1 ... 1
+    return back[:, None] * torch.stack(found).double().cpu()
+
+
+def gap(args):
+    """How far sampling from x_300 is led astray, of dsm and SA-2, -3, -4 (SA figures 1, 4).
+
+    At each x_t: estimation_gap's mean over images and pixels, with its sign, which the authors'
+    code has; its rms; and rms over what it were if errors of different steps were unrelated: above
+    1 errors add up (fig. 1 a), below 1 they cancel (b).  The paper says that SA-2 reduces the gap
+    at x_1 by a factor of 2.5.  The images are held out.  Three minutes, and the training of table.
+    RUN: other runs, on one set of data.
+    """
+    folders = {folder: folder for folder in args.runs} or {
+        name: trained(given(args, own["loss"]), **own, seed=args.seed)
+        for name, own in LOSSES.items()}
+    x0, columns, panels = None, dict(t=torch.arange(args.start - 1, 0, -1.0)), []
+    for name, folder in folders.items():
+        network, options = load_run(folder, args.options.get("device"))
+        if x0 is None:
+            first = options
+            x0, labels = evaluate.held_out(run_data(options), options, args.num)
+        if (options.fingerprint, options.classes) != (first.fingerprint, first.classes):
+            raise BadInput(f"{name} was trained on other data or classes than the runs before it; "
+                           "name runs that were trained on the same")
+        noise = seeded_noise(range(args.seed, args.seed + len(x0)), x0.shape[1:], x0.device)
+        d = estimation_gap(partial(network, labels=labels), x0, LEVELS[:args.start], noise)
+        mean, rms, unrelated = d.T
+        columns |= {f"{name}: mean": mean, f"{name}: rms": rms, f"{name}: ratio": rms / unrelated}
+    for kind, label in [("mean", "gap at x_t, mean with sign"), ("rms", "gap at x_t, rms"),
+                        ("ratio", "rms over that of unrelated errors")]:
+        panels.append(dict(y={f"{name}: {kind}": name for name in folders}, ylabel=label,
+                           xscale="linear", yscale="linear", xlim=(args.start, 0)))
+    show(args, list(columns), torch.stack([*columns.values()], 1).tolist(), panels,
+         f"Sampling of {len(x0)} held-out images of {options.data} from x_{args.start}: how far "
+         "the steps' errors have led it astray", most=12)
+
+
+# ---- Factors and bias ----------------------------------------------------------------------------
+
+def gaussian_factor(levels, K, lam, path):
+    """How much of the noise SA-K's minimiser predicts, of what it should, by t: (T,).
+
+    Data N(0, 1) and predictors eps_hat_s = c_s x_s.  The loss is quadratic in c, with the moments,
+    for s < r,  E x_s x_r = 1 + [sigma_s^2],  E x_s eps_r = [sigma_s^2/sigma_r],  E x_r eps_s =
+    [sigma_s]: what is in brackets is 0 for independent noises, which share x0 alone, and there for
+    noises of one path.  The factor is c_s over that of E[eps_s | x_s], sigma_s/(1 + sigma_s^2).
+    """
+    row, column = levels[:, None], levels
+    low, high = torch.minimum(row, column), torch.maximum(row, column)
+    xx, xe = 1 + low ** 2, row * low / high
+    if not path:
+        xx, xe = 1 + torch.diag(levels ** 2), torch.diag(levels)
+    together = torch.zeros_like(xx)                                    # windows with both levels
+    for t in range(1, len(levels) + 1):
+        window = slice(max(t - K, 0), t)
+        together[window, window] += lam / K ** 2
+    A = torch.diag(1 + levels ** 2) + together * xx
+    c = torch.linalg.solve(A, levels + (together * xe).sum(1))
+    return c * (1 + levels ** 2) / levels
+
+
+def tau(args):
+    """Theorem 1's factors tau, and how much independent noises bias SA-K's minimiser (SA Theorem 1).
+
+    Left: by how much an error of eps_hat at t moves the sample at the end: 8e-3 to 1e-8, so that a
+    loss with these factors does next to nothing.  Right: gaussian_factor, with tau = 1.  Below 1
+    the network is trained to predict less than the noise that is there.  A few seconds.
+    """
+    found = sa_tau(LEVELS, torch.arange(1, len(LEVELS) + 1), 1, "paper")[0]
+    columns = dict(t=range(1, len(LEVELS) + 1), sigma=LEVELS.tolist(),
+                   tau=[None, *found[1:].tolist()])                              # tau_1 = 0
+    for K, lam, noises in [(2, 1.0, "independent"), (3, 0.3, "independent"),
+                           (4, 0.2, "independent"), (2, 1.0, "path")]:
+        factor = gaussian_factor(LEVELS, K, lam, noises == "path")
+        columns[f"SA-{K}, {noises}"] = factor.tolist()
+    panels = [dict(y=["tau"], ylabel="tau of Theorem 1", legend=False),
+              dict(y=list(columns)[3:], yscale="linear", xscale="linear",
+                   ylabel="noise predicted, of what should be")]
+    show(args, list(columns), list(zip(*columns.values())), panels,
+         "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)")
+
+
+COMMANDS = {
+    "table": (table, dict(samplers=("ddpm", "ddim", "analytic", "sn", "npr"), T=(10, 20, 50, 100),
+                          head=150, seeds=2)),
+    "ablation": (ablation, dict(K=(2, 3, 4), lam=(0.2, 0.3, 1.0), T=(10, 50), seeds=2)),
+    "gap": (gap, dict(runs=[], num=64, start=300)),
+    "tau": (tau, {})}
+
+if __name__ == "__main__":
+    sys.exit(main("sa", COMMANDS))

@@ -1,0 +1,391 @@
+"""papers/stf.py: Stable Target Field (STF): is the training target less noisy, and does it help?
+
+    python -m papers.stf variance                       from the repository's root
+
+Source: Xu et al. 2023, "Stable Target Field for Reduced Variance Score Estimation in Diffusion
+Models" (STF).  Its training target for x = x0 + sigma noise is an average over n references y_k,
+sum_k w_k y_k (losses.stf_target), where denoising score matching (DSM) has x0 alone, n = 1.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import evaluate
+import train
+from evaluate import Progress
+from losses import stf_target, stf_weights
+from papers import plot
+from schedules import EDM, VE, VP
+
+SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
+          15.0, 20.0, 30.0, 50.0, 80.0]
+RUNS = dict(cond=False, fid_num=128)         # of runs trained here; a user's own options win
+
+
+# ---- Exact posteriors ----------------------------------------------------------------------------
+
+def random_rows(args, name, count=None):
+    """`count` rows of a data set in random order, float64; None: all; the generator used."""
+    data = evaluate.load_data(name, args.options.get("size"), args.options.get("data_dir", "data"))
+    g = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(data.x), generator=g)[:count]
+    return evaluate.take(data, rows)[0].double(), g
+
+
+def mixture_mean(x, sigma, means, s):
+    """E[x0 | x] where x0 is N(m_k, s^2 I), and each of the means m_k is as likely as any other.
+
+        (s^2 x + sigma^2 sum_k p_k m_k)/(s^2 + sigma^2)
+
+    p_k = softmax_k(-|x - m_k|^2/(2 (s^2 + sigma^2))): stf_target of references m_k has the sum.
+    x (B, d), sigma (B, 1), means (K, d) -> (B, d).
+    """
+    total = s ** 2 + sigma ** 2
+    return (s ** 2 * x + sigma ** 2 * stf_target(x, total.sqrt(), means)) / total
+
+
+def posterior(x, sigma, rows):
+    """E[x0 | x], and how far p(x0 | x) is from p0, where p0 is the uniform law on N rows.
+
+        D_f = sum_k w_k f(1/(N w_k)),    f(y) = (1/y - 1)^2 (y < 1.5), 8y/27 - 1/3 (y >= 1.5)
+
+    STF Theorem 2; section 6.1 prints the two laws the other way round.  D_f is 0 where x tells
+    nothing of x0, and about (N - 1)^2 where x tells the row.
+    x (B, ...), sigma (B, 1, ..., 1), rows (N, ...) -> float64 (B, d), (B,).
+    """
+    w, N = stf_weights(x, sigma, rows), len(rows)                                 # (B, N)
+    f = torch.where(N * w > 2 / 3, w * (N * w - 1) ** 2, 8 / 27 / N - w / 3)
+    return w @ rows.flatten(1).double(), f.sum(1)
+
+
+# ---- Variance of the target ----------------------------------------------------------------------
+
+@torch.no_grad()
+def target_variance(x0, noise, levels, sizes, pool, exact, g):
+    """V_STF = E_x Tr Cov(stf_target) by reference size and level (STF section 5.2); D (sec. 6.1).
+
+    The target's mean given x is E[x0 | x] for every n, so V is its mean square distance from that.
+    The first reference is x0, a draw of p(x0 | x) where x = x0 + sigma noise; the others are rows
+    of the pool, drawn anew for each x0.  n = 1 is V_DSM (STF eq. 4).
+
+    x0, noise (m, ...), levels (L,), pool (N, ...), exact(x, sigma) -> E[x0 | x] (L, d), D (L,);
+    returns (m, len(sizes), L) and (m, L), to be averaged over x0.
+    """
+    sigma, V, D = levels.view(-1, *[1] * (x0.ndim - 1)), [], []                   # (L, 1, ..., 1)
+    told = Progress("noisy samples", len(x0))
+    for i in range(len(x0)):
+        x = x0[i] + sigma * noise[i]                                              # (L, ...)
+        mean, divergence = exact(x, sigma)
+        others = pool[torch.randint(len(pool), (max(sizes) - 1,), generator=g)]
+        reference = torch.cat([x0[i:i + 1], others])                              # (n, ...)
+        errors = [stf_target(x, sigma, reference[:n]).flatten(1) - mean for n in sizes]
+        V.append(torch.stack(errors).square().sum(2))
+        D.append(divergence)
+        told(i + 1)
+    return torch.stack(V), torch.stack(D)
+
+
+def variance(args):
+    """How much the training target varies, for DSM and for STF (STF figs. 2b, 3; Theorem 2).
+
+        V = E_x Tr Cov(target | x) of targets for D;  V/sigma^2: of noise;  V/sigma^4: of scores
+
+    In these units Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),
+    where D(sigma) = E_x D_f measures how far p(x0 | x) is from the data's law.  Phase 1: less than
+    a tenth of the data's variance is left in p(x0 | x);  phase 3: more than nine tenths;  phase 2:
+    between.  The law is uniform on --num rows of the data; of two Gaussians it is their own, but
+    for D, which is infinite then up to sigma = sqrt(3) 0.14.  Half a minute.
+    """
+    for name in args.data:
+        law = name.startswith("two-gaussians")
+        pool, g = random_rows(args, name, None if law else args.num)
+        rows, d = pool[:args.num], pool[0].numel()
+        means = 0.48 * torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, d)
+
+        def exact(x, sigma):
+            mean, divergence = posterior(x, sigma, rows)
+            return mixture_mean(x, sigma, means, 0.14) if law else mean, divergence
+
+        levels = torch.tensor(sorted(args.levels), dtype=torch.float64)
+        noise = torch.randn(rows.shape, generator=g, dtype=torch.float64)
+        V, D = target_variance(rows, noise, levels, [1, *args.n], pool, exact, g)
+        whole = pool.flatten(1).var(0, correction=0).sum()
+        args.command = f"variance-{Path(name).name}"
+        show_variance(args, name, levels, V.mean(0), D.mean(0), whole, d)
+
+
+def show_variance(args, name, levels, V, D, whole, d):
+    """V (1 + len(args.n), L), of which the first is V_DSM; D (L,); whole: the data's variance."""
+    n, dsm, xlabel = args.n[-1], V[0], "noise level sigma"
+    forms = {"V of D": dsm, "V of noise": dsm / levels ** 2, "V of scores": dsm / levels ** 4,
+             "D(sigma)": D}
+    second = 3 ** 0.5 * d * levels ** 2 * D.sqrt()
+    seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
+    columns = {"sigma": levels, "V_DSM": dsm}
+    columns |= {form: curve / curve.max() for form, curve in forms.items()}
+    columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
+    columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
+                "bound": (1 + second / seen) / (n - 1), "2nd/1st": second / seen}
+    rows = [[None if math.isnan(value) else value for value in row]
+            for row in torch.stack(list(columns.values()), 1).tolist()]
+    for row, share in zip(rows, (dsm / whole).tolist()):
+        phase = 1 + (share > 0.1) + (share > 0.9)
+        row += [phase, 2.0 if phase == 2 else None]
+    plot.show(args, [*columns, "phase", "phase 2"], rows, [
+        dict(y={form: form for form in forms} | {"phase 2": "phase 2 (left: 1, right: 3)"},
+             xlabel=xlabel, ylabel="over its own maximum", ylim=(1e-4, 5),
+             title="DSM's targets in three forms, and D"),
+        dict(y={f"n = {size}": f"STF, n = {size}" for size in args.n}, xlabel=xlabel,
+             ylabel="V_STF/V_DSM", title="variance that n references leave"),
+        dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term", f"n = {n}": "V_STF"},
+             xlabel=xlabel, ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
+        f"{name}: how much the training target varies, by noise level; {args.num} noisy samples")
+
+
+# ---- Effective sample size -----------------------------------------------------------------------
+
+@torch.no_grad()
+def effective_size(x0, noise, levels, reference):
+    """Mean of 1/sum_k w_k^2, w = stf_weights: how many references STF averages, by noise level.
+
+    1 where sigma -> 0, n where sigma -> infinity.  x0, noise (m, ...), levels (L,), reference
+    (n, ...), x0 among its rows -> (L,) float64.
+    """
+    sizes = []
+    for level in levels:
+        sigma = level.expand(len(x0), *[1] * (x0.ndim - 1))
+        w = stf_weights(x0 + sigma * noise, sigma, reference)                     # (m, n)
+        sizes.append((1 / (w ** 2).sum(1)).mean())
+    return torch.stack(sizes)
+
+
+def log_density(schedule, levels):
+    """The density of ln sigma in training, du/d ln sigma of training_sigma(u): (L,) -> an array."""
+    u = torch.special.ndtr(torch.linspace(-6, 6, 20_001, dtype=torch.float64))
+    z = schedule.training_sigma(u).log()
+    return np.interp(levels.log(), z, np.gradient(u, z), left=0, right=0)
+
+
+def share_above(limit, size, levels, schedule):
+    """The share of a schedule's training samples at levels where size, (L,), is above limit."""
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    z = schedule.training_sigma(u).log()
+    return (np.interp(z, levels.log(), size) > limit).mean()
+
+
+def ess(args):
+    """How many references STF averages, beside how often each schedule trains there (STF sec. 3).
+
+        effective sample size = 1/sum_k w_k^2
+
+    Where it is 1 the target is x0, as DSM's, and nothing is won; the three phases of section 3 are
+    1, some, all of n.  A few seconds.
+    """
+    reference, g = random_rows(args, args.data, max(args.n))
+    x0, levels = reference[:args.num], torch.tensor(sorted(args.levels), dtype=torch.float64)
+    noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
+    sizes = sorted({min(n, len(reference)) for n in args.n})
+    curves = {f"n = {n}": effective_size(x0[:n], noise[:n], levels, reference[:n]) for n in sizes}
+    schedules = dict(EDM=EDM(), VE=VE(), VP=VP())
+    density = {name: log_density(schedule, levels) for name, schedule in schedules.items()}
+    print("\nshare of training samples for which STF averages more than two references\n")
+    for name, size in curves.items():
+        shares = [f"{schedule} {share_above(2, size, levels, own):6.1%}"
+                  for schedule, own in schedules.items()]
+        print(f"{name:>10}   " + "   ".join(shares))
+    rows = np.stack([levels, *curves.values(), *density.values()], 1).tolist()
+    plot.show(args, ["sigma", *curves, *density], rows, [
+        dict(y={name: f"reference of {name}" for name in curves}, xlabel="noise level sigma",
+             ylabel="references averaged: 1/sum w^2", title="where STF acts"),
+        dict(y=list(density), xlabel="noise level sigma", ylabel="density of ln sigma",
+             yscale="linear", title="where each schedule trains")],
+        f"{args.data}: where STF averages references, and where training is", size=(5.5, 4))
+
+
+# ---- Bias ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def target_bias(x, sigma, rows, n, repeats, with_source, g):
+    """(E|E[target | x] - E[x0 | x]|^2, V_DSM) for p0 uniform on rows (N, d), at the x (m, d).
+
+    Two halves of the repeats have independent errors, so the product of their mean errors has the
+    bias's square for its mean.  With the source, the first reference is a draw of p(x0 | x).
+    """
+    m, s = len(x), sigma.expand(len(x), 1)
+    w = stf_weights(x, s, rows)                                                   # (m, N)
+    mean = w @ rows
+    halves = torch.zeros(2, m, rows.shape[1], dtype=torch.float64)
+    for r in range(repeats):
+        index = torch.randint(len(rows), (m, n), generator=g)
+        if with_source:
+            index[:, 0] = torch.multinomial(w, 1, generator=g)[:, 0]
+        target = torch.vmap(stf_target)(x[:, None], s[:, None], rows[index])      # (m, 1, d)
+        halves[r % 2] += (target[:, 0] - mean) / (repeats // 2)
+    V = (w @ rows.square().sum(1) - mean.square().sum(1)).mean()
+    return (halves[0] * halves[1]).sum(1).mean().item(), V.item()
+
+
+def bias(args):
+    """The mean of STF's target against E[x0 | x], with and without the source (STF eq. 7, Thm. 1).
+
+    The paper calls STF biased.  But given x and the unordered references, the source of x is y_k
+    with probability w_k: the target is E[x0 | x, references], and its mean is E[x0 | x] for every
+    n, if the source is among them, as Algorithm 1 has it.  Without it the bias falls as 1/n.
+    In units of the standard deviation of DSM's target.  About 1 minute.
+    """
+    rows, g = random_rows(args, args.data, 1000)
+    rows, noise = rows.flatten(1), torch.randn(args.num, *rows.shape[1:], generator=g).double()
+    table, told = [], Progress("reference sizes", len(args.n))
+    for n in args.n:
+        table.append([n])
+        for level in args.levels:
+            sigma = torch.tensor(level, dtype=torch.float64)
+            x = rows[:args.num] + sigma * noise.flatten(1)
+            for with_source in (True, False):
+                square, V = target_bias(x, sigma, rows, n, args.repeats, with_source, g)
+                table[-1].append(abs(square / V) ** 0.5)
+        told(len(table))
+    kinds = [f"{kind} {level:g}" for level in args.levels for kind in ("with", "without")]
+    plot.show(args, ["n", *kinds], table, [
+        dict(y={f"without {level:g}": "source left out", f"with {level:g}": "source among them: "
+                "the error of measuring 0"}, xlabel="number n of references",
+             ylabel="bias/standard deviation", title=f"sigma = {level:g}", marker="o")
+        for level in args.levels],
+        f"{args.data}: bias of STF's target, over the standard deviation of DSM's")
+
+
+# ---- Trained runs --------------------------------------------------------------------------------
+
+def distances(run, samplers, device):
+    """{sampler: (distance of a run's samples to the data, network calls for each)}, the floor, and
+    the distance's name.  samplers: {name: its choices for evaluate.generate}."""
+    denoiser, options = evaluate.load_run(run, device)
+    features = evaluate.extractor(options.fid_features, options.shape, options.data_dir,
+                                  options.device)
+    real = evaluate.real_statistics(evaluate.run_data(options), options.fid_num, features)
+    found = {}
+    for sampler, choices in samplers.items():
+        counted = evaluate.Counted(denoiser)
+        distance = evaluate.run_distance(counted, options, options.fid_num, features, real,
+                                         sampler=sampler, **choices)
+        found[sampler] = distance, counted.rows / options.fid_num
+    return found, real["floor"], evaluate.distance_name(features[0], options.fid_num)
+
+
+def table(args):
+    """Distances of samples to the data after DSM and after STF (STF tables 1, 2).
+
+    By schedule and sampler, as in the paper: VE by RK45 and PC, VP by RK45, PC and DDIM, EDM by
+    Heun; --rtol is RK45's tolerance (the paper's: 1e-5), the others are numbers of steps.  DSM and
+    STF see the same images, noise and initial weights.  About 30 minutes.
+    """
+    both = dict(rk45=dict(rtol=args.rtol), pc=dict(steps=args.pc))
+    samplers = dict(ve=both, vp=both | dict(ddim=dict(steps=args.ddim)),
+                    edm=dict(heun=dict(steps=args.heun)))
+    given, rows, titles = RUNS | args.options, [], []
+    for schedule in args.schedules:
+        found = dict(dsm=[], stf=[])
+        for seed in range(args.seed, args.seed + args.seeds):
+            for loss, own in (("dsm", {}), ("stf", dict(ref_batch=args.n))):
+                run = plot.trained(given, loss=loss, schedule=schedule, seed=seed, **own)
+                of_run, floor, name = distances(run, samplers[schedule], given.get("device"))
+                found[loss].append(of_run)
+        titles.append(f"{schedule}:")
+        for sampler in samplers[schedule]:
+            calls = plot.mean_and_sd([of_run[sampler][1] for of_run in found["dsm"]])[0]
+            row = [schedule, sampler, *(calls if own == schedule else None
+                                        for own in args.schedules)]
+            for runs in found.values():
+                row += plot.mean_and_sd([of_run[sampler][0] for of_run in runs])
+            rows.append(row + [floor])
+            titles[-1] += f" {sampler} {calls:.0f}"
+    of = [f"calls, {schedule}" for schedule in args.schedules]
+    shared = dict(y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), spread=dict(DSM="DSM sd",
+                  STF="STF sd"), xscale="linear", ylabel=f"distance to the data, {name}",
+                  xlabel="network calls for a sample", floor=floor, marker="o")
+    plot.show(args, ["schedule", "sampler", *of, "DSM", "DSM sd", "STF", "STF sd", "floor"], rows,
+              [dict(shared, x=x, title=title) for x, title in zip(of, titles)],
+              f"{given.get('data', 'digits')}: distance of samples to the data after DSM and STF; "
+              f"mean and sd of {args.seeds} runs")
+
+
+def seconds_a_step(run, repeats=30):
+    """The shortest time, over some steps, of a batch, its loss and its gradient in a run."""
+    denoiser, options = evaluate.load_run(run)
+    schedule, weight = evaluate.build_schedule(options), evaluate.build_weight(options)
+    pixels, labels = train.on_device(evaluate.run_data(options), options.device)
+    times = []
+    for step in range(repeats):
+        start = time.perf_counter()
+        batch = train.draw_batch(pixels, labels, options, schedule, step)
+        loss = train.objective(options, denoiser, batch, weight, denoiser.precondition, None)
+        loss.mean().backward()
+        next(denoiser.parameters()).grad.sum().item()           # waits until a GPU is done
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def held_out_errors(run):
+    """{step: E|D - x0|^2/d} of rows that training does not see, averaged weights: the geometric
+    mean over the noise levels of evaluate.LEVELS."""
+    errors = {}
+    for line in Path(run, "log.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        if "held_out" in found:
+            levels = torch.tensor(found["held_out"]["ema"], dtype=torch.float64)
+            errors[found["step"]] = levels.log().mean().exp().item()
+    return errors
+
+
+def speed(args):
+    """Held-out error over steps and over time, and at the end by n (STF figs. 4, 5).
+
+    n = 1 is DSM.  The error is E|D - x0|^2/d, as a geometric mean over noise levels from .02 to 50.
+    The time is that of batch, loss and gradient, measured apart from training.  Runs on VE, as in
+    the paper, but on a ring of 8 Gaussians, whose network is so small that STF's target takes much
+    of a step; --data chooses other data.  About 3 minutes.
+    """
+    given = dict(data="ring", schedule="ve", batch=64, eval_every=150) | RUNS | args.options
+    sizes, rows = [1, *args.n], []
+    for n in sizes:
+        errors = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            own = dict(loss="stf", ref_batch=n) if n > 1 else dict(loss="dsm")
+            run = plot.trained(given, seed=seed, **own)
+            errors.append(held_out_errors(run))
+        seconds = seconds_a_step(run)
+        last = max(errors[0])
+        for step in errors[0]:
+            mean, sd = plot.mean_and_sd([error[step] for error in errors])
+            curves = [mean if size == n else None for size in sizes]
+            rows.append([n, step, step * seconds, mean, sd, mean if step == last else None,
+                         *curves])
+    labels = {f"n={size}": f"STF, n = {size}" if size > 1 else "DSM" for size in sizes}
+    shared = dict(y=labels, spread=dict.fromkeys(labels, "sd"), xscale="linear",
+                  ylabel="held-out error, averaged weights")
+    plot.show(args, ["n", "step", "seconds", "error", "sd", "end", *labels], rows, [
+        shared | dict(x="step", xlabel="training steps", title="over steps"),
+        shared | dict(x="seconds", xlabel="seconds of training", xscale="log", title="over time"),
+        dict(x="n", y=["end"], spread=dict(end="sd"), xlabel="number n of references (1: DSM)",
+             ylabel="held-out error at the end", title="by n", marker="o", legend=False)],
+        f"{given['data']}: held-out error in training by DSM and by STF, {args.seeds} runs each")
+
+
+COMMANDS = {
+    "variance": (variance, dict(data=["two-gaussians-64d", "digits"], num=1000, n=[16, 64, 256],
+                                levels=SIGMAS)),
+    "ess": (ess, dict(data="digits", num=256, n=[256, 1024, 4096], levels=SIGMAS)),
+    "bias": (bias, dict(data="two-gaussians-64d", num=16, n=[1, 2, 4, 8, 16, 32, 64],
+                        levels=[1.0, 3.0, 10.0], repeats=2000)),
+    "table": (table, dict(schedules=["ve", "vp", "edm"], n=1024, seeds=2, rtol=1e-3, pc=50, ddim=50,
+                          heun=18)),
+    "speed": (speed, dict(n=[64, 256, 1024, 4096], seeds=2))}
+
+if __name__ == "__main__":
+    sys.exit(plot.main("stf", COMMANDS))

@@ -1,0 +1,451 @@
+"""papers/taylor.py: Taylor control variates (TCV): how much variance they take off a gradient.
+
+    python -m papers.taylor gradvar                     from the repository's root
+
+Source: Jeha et al. 2024, "Variance reduction of diffusion model's gradients with Taylor
+approximation-based control variate" (TCV).  Of it only the summary and the figures' captions are
+known here; losses.taylor_terms derives the control anew.
+
+A share is what one gradient is the gradient of: a sample, or a mini-batch with a common reference.
+"""
+
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import evaluate
+from evaluate import Progress
+from losses import RunningBeta, antithetic_loss, dsm_loss, stf_loss, stf_target, taylor_terms
+from networks import MLP, Denoiser
+from papers import plot
+from schedules import EDM
+
+EXACT = 8          # coordinates up to which controls take the exact trace, above it one probe
+ACTIVATIONS = dict(silu=torch.nn.functional.silu, tanh=torch.tanh, relu=torch.relu)
+
+
+# ---- Gradients of shares -------------------------------------------------------------------------
+
+@dataclass
+class Shares:
+    """`copies` shares, each of m samples and n references.
+
+    Of the B = m copies samples, the first `copies` are each share's first, and so on.
+    """
+    x0: torch.Tensor                # (B, ...) clean
+    noise: torch.Tensor             # (B, ...)
+    probe: torch.Tensor             # (B, ...) random signs
+    labels: torch.Tensor            # (m, copies) classes; zeros where there are none
+    reference: torch.Tensor         # (n, copies, ...), the share's own samples the first of them
+    reference_labels: torch.Tensor  # (n, copies)
+
+
+def draw_shares(net, pool, labels, num, m, n, g):
+    """At least num shares of m samples and n >= m references, out of pool (N, ...), labels (N,)."""
+    copies = max(1, 2 ** 18 // sum(p.numel() for p in net.parameters()))          # caches hold it
+    copies = min(copies, num)
+    for _ in range(math.ceil(num / copies)):
+        rows = torch.randint(len(pool), (n, copies), generator=g)
+        x0 = pool[rows[:m].flatten()]
+        noise, probe = torch.randn(2, *x0.shape, generator=g).to(x0)
+        yield Shares(x0, noise, probe.sign(), labels[rows[:m]], pool[rows], labels[rows])
+
+
+def by_share(function, shares, x, sigma, *more, of_share=()):
+    """function(*of_share, x, sigma, *more) on each share of x, sigma (c B, ...), more (.., copies).
+
+    of_share: what is given by share, (copies, ...).
+    """
+    copies = shares.labels.shape[1]
+    given = x.unflatten(0, (-1, copies)), sigma.unflatten(0, (-1, copies)), *more
+    dims = (0,) * len(of_share) + (1,) * len(given)
+    return torch.vmap(function, dims, out_dims=1)(*of_share, *given).flatten(0, 1)
+
+
+def own_target(shares, n, x, sigma):
+    """stf_target of each share's samples with the first n of its own references."""
+    return by_share(stf_target, shares, x, sigma, shares.reference[:n], shares.labels,
+                    shares.reference_labels[:n])
+
+
+def own_parameters(net, shares):
+    """denoise(x, sigma) in which each share has parameters of its own, all equal to the network's;
+    and these, (copies, ...) each: the gradient of a sum then holds one gradient for each share."""
+    theta = {name: p.detach().expand(shares.labels.shape[1], *p.shape).requires_grad_()
+             for name, p in net.named_parameters()}
+
+    def one(theta, x, sigma, labels):
+        return torch.func.functional_call(net, theta, (x, sigma, labels))
+
+    def denoise(x, sigma):
+        return by_share(one, shares, x, sigma, shares.labels, of_share=(theta,))
+    return denoise, list(theta.values())
+
+
+def share_gradients(values, theta):
+    """Of each of k values (B,), the gradients of its mean over a share: (k, copies, p) float64."""
+    gradients = []
+    for value in values:
+        m = len(value) // len(theta[0])
+        g = torch.autograd.grad(value.sum() / m, theta, retain_graph=True, materialize_grads=True)
+        gradients.append(torch.cat([a.flatten(1) for a in g], dim=1).double())
+    return torch.stack(gradients)
+
+
+def estimates(denoise, shares, sigma, weight, c_skip, orders, sizes):
+    """{name: (B,)} of losses, all of one mean, and of controls of mean 0."""
+    given = denoise, shares.x0, shares.noise, sigma, weight
+    probe = shares.probe if shares.x0[0].numel() > EXACT else None
+    with sdpa_kernel(SDPBackend.MATH):       # attention that has second derivatives, and for vmap
+        losses = dict(DSM=dsm_loss(*given), antithetic=antithetic_loss(*given))
+        for n in sizes:
+            losses[f"STF {n}"] = stf_loss(*given, partial(own_target, shares, n))
+        controls = {f"order {k}": taylor_terms(*given, c_skip, k, probe)[1] for k in orders}
+    return losses, controls
+
+
+def variances(net, pool, labels, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=1.0):
+    """What estimators leave of the variance of DSM, of at least num shares of m samples:
+
+        {"gradient": {name: (left, beta)}, "objective": ..}, and the variance of DSM's gradient
+
+    Variances of gradients are traces of the covariance, after a factor `scale`, (p,); those of the
+    objective are of its value, less what no parameter moves: the same estimate where F = 0.
+    """
+    def c_skip(s):
+        return net.precondition(s)[0]
+
+    def still(x, s):
+        return c_skip(s) * x
+
+    square, total, values, count = 0, 0, [], 0
+    for shares in draw_shares(net, pool, labels, num, m, max([m, *sizes]), g):
+        denoise, theta = own_parameters(net, shares)
+        s = shares.x0.new_full((len(shares.x0), *[1] * (pool.ndim - 1)), sigma)
+        losses, controls = estimates(denoise, shares, s, weight, c_skip, orders, sizes)
+        fixed, _ = estimates(still, shares, s, weight, c_skip, (), sizes)
+        G = scale * share_gradients([*losses.values(), *controls.values()], theta)
+        square, total = square + G.flatten(1) @ G.flatten(1).T, total + G.sum(1)
+        count += G.shape[1]
+        moved = [*(losses[name] - fixed[name] for name in losses), *controls.values()]
+        moved = torch.stack(moved).detach().double()
+        values.append(moved.unflatten(1, (m, -1)).mean(1))                        # (k, copies)
+    gradient = square / count - total @ total.T / count ** 2                      # (k, k)
+    objective = torch.cov(torch.cat(values, 1), correction=0)
+    return dict(gradient=left_by(losses, controls, gradient),
+                objective=left_by(losses, controls, objective)), gradient[0, 0].item()
+
+
+def left_by(losses, controls, cov):
+    """{name: (left, beta)} from the covariances (k, k) of losses, the first DSM's, and controls.
+
+        left = Var(loss)/Var(DSM)   or   Var(DSM - beta control)/Var(DSM),
+        beta = Cov(DSM, control)/Var(control), which makes that least
+    """
+    found = {}
+    for i, name in enumerate(losses):
+        found[name] = (cov[i, i] / cov[0, 0]).item(), 0.0
+    for j, name in enumerate(controls, len(losses)):
+        beta = cov[0, j] / cov[j, j]
+        found[name] = (1 - beta * cov[0, j] / cov[0, 0]).item(), beta.item()
+    return found
+
+
+# ---- The toy: a ring of Gaussians, and MLPs ------------------------------------------------------
+
+def ring_mean(x, sigma, s=0.07):
+    """E[x0 | x] of the built-in set "ring": 8 Gaussians of deviation s on a circle.
+
+        (s^2 x + sigma^2 sum_k p_k m_k)/(s^2 + sigma^2)
+
+    p_k = softmax_k(-|x - m_k|^2/(2 (s^2 + sigma^2))): stf_target of references m_k has the sum.
+    """
+    angle, radius = torch.arange(8).to(x) * math.pi / 4, (2 * (0.5 ** 2 - s ** 2)) ** 0.5
+    means, total = radius * torch.stack([angle.cos(), angle.sin()], 1), s ** 2 + sigma ** 2
+    return (s ** 2 * x + sigma ** 2 * stf_target(x, total.sqrt(), means)) / total
+
+
+def mlp(seed, width=64, depth=2, activation="silu"):
+    """An MLP of points in the plane behind EDM's column, fresh: D = c_skip x.
+
+    From torch's small start it would stay there for thousands of steps; and the first layer has
+    two inputs for x beside `width` for the noise level, so those two get larger weights.
+    """
+    torch.manual_seed(seed)
+    model = MLP(2, width, depth, activation=ACTIVATIONS[activation])
+    for layer in model.hidden:
+        torch.nn.init.kaiming_normal_(layer.weight)
+    with torch.no_grad():
+        model.hidden[0].weight[:, :2] *= 5
+    return Denoiser(model, EDM().precondition)
+
+
+def fitted(net, pool, steps, g):
+    """The network after so many steps on STF's target: on DSM's, its own error would be larger than
+    the noise that is measured at small sigma."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        reference = pool[torch.randint(len(pool), (512,), generator=g)]
+        x0, sigma = reference[:128], 0.002 * 1e4 ** torch.rand(128, 1, generator=g)
+        target = partial(stf_target, reference=reference)
+        loss = stf_loss(net, x0, torch.randn(x0.shape, generator=g), sigma, EDM().weight, target)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        decay.step()
+    return net
+
+
+def points(args):
+    """The built-in ring, (20_000, 2), labels of zero, and a generator."""
+    pool = torch.from_numpy(evaluate.load_data("ring").x)
+    return pool, torch.zeros(len(pool), dtype=torch.int64), torch.Generator().manual_seed(args.seed)
+
+
+def average_left(net, pool, labels, num, g, scale=1.0, levels=6):
+    """{name: left} over EDM's training noise: of the sum of variances at its quantiles, each with
+    the best beta."""
+    left, whole = {}, 0
+    u = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    for sigma in EDM().training_sigma(u).tolist():
+        found, dsm = variances(net, pool, labels, EDM().weight, sigma, num, g, 1, (0, 1), (), scale)
+        whole += dsm
+        for name, (share, _) in found["gradient"].items():
+            left[name] = left.get(name, 0) + dsm * share
+    del left["DSM"]
+    return {name: value / whole for name, value in left.items()}
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+def measured(args):
+    """A denoiser, rows that it was trained on, their labels, lambda, a title, and a generator."""
+    if not args.run:
+        pool, labels, g = points(args)
+        net = fitted(mlp(args.seed), pool, args.training, g)
+        return net, pool, labels, EDM().weight, "ring, an MLP", g
+    net, options = evaluate.load_run(args.run, "cpu")
+    data, g = evaluate.run_data(options), torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(data.x), generator=g)[:20_000]
+    pool, labels = evaluate.take(data, rows)
+    if not options.classes:
+        labels = torch.zeros(len(pool), dtype=torch.int64)
+    title = f"{data.name}, the network of {args.run}"
+    return net, pool, labels, evaluate.build_weight(options), title, g
+
+
+def gradvar(args):
+    """The variance of the gradient by estimator and noise level, over plain DSM's (TCV figs. 2, 3).
+
+        Var(loss - beta control)/Var(DSM's loss),    beta = Cov(loss, control)/Var(control)
+
+    Of an MLP that is trained here, or of a RUN's network.  Of single samples, with STF references
+    of their own.  "Shared": of mini-batches of --batch, whose samples share a reference, as in
+    STF's Algorithm 1: their targets then have a common error.  --num 0: 1500 points or 24 images.
+    About 1 minute; a U-Net 6.
+    """
+    net, pool, labels, weight, title, g = measured(args)
+    num = args.num or (1500 if pool.ndim == 2 else 24)
+    orders, sizes = [f"order {k}" for k in args.orders], [f"STF {n}" for n in args.n]
+    rows, told = [], Progress("noise levels", len(args.levels))
+    for sigma in sorted(args.levels):
+        given = net, pool, labels, weight, sigma
+        found, _ = variances(*given, num, g, 1, args.orders, args.n)
+        batches, _ = variances(*given, max(num // 4, 2), g, args.batch, (), args.n)
+        gradient, objective = found["gradient"], found["objective"]
+        row = {name: gradient[name][0] for name in ("antithetic", *orders, *sizes)}
+        row |= {f"{name}, shared": batches["gradient"][name][0] for name in sizes}
+        row |= {f"beta, {name}": gradient[name][1] for name in orders}
+        row |= {f"value, {name}": objective[name][0] for name in orders}
+        rows.append(dict(sigma=sigma) | row)
+        told(len(rows))
+    own = {name: f"{name}, own references" for name in sizes}
+    shared = {f"{name}, shared": f"{name}, shared by {args.batch}" for name in sizes}
+    axes = dict(xlabel="noise level sigma", ylabel="variance over plain DSM's")
+    args.command += "-run" if args.run else ""
+    plot.show(args, list(rows[0]), [list(row.values()) for row in rows], [
+        axes | dict(y=["antithetic", *orders], title="gradient, by control"),
+        axes | dict(y=own | shared, title="gradient, by reference"),
+        axes | dict(y={f"value, {name}": name for name in orders}, title="objective, by control"),
+        axes | dict(y={f"beta, {name}": name for name in orders}, title="regression coefficient",
+                    ylabel="best factor beta of the gradient", yscale="linear")],
+        f"{title}: variance that is left by estimator; plain DSM is 1")
+
+
+ORDERS = {"order 0": 0, "order 1": 1}
+METHODS = ["DSM", "DSM, 2 batches", "STF 256", "antithetic", *ORDERS, "exact target"]
+
+
+def loss_by(method, net, pool, batch, sigma, g):
+    """The mean loss of a batch at one noise level, by one of METHODS.
+
+    The exact target is E[x0 | x], without variance.  The control's factor beta is RunningBeta's
+    first guess, 1/(1 + (sigma/.13)^1.3).
+    """
+    def c_skip(s):
+        return EDM().precondition(s)[0]
+
+    count = 2 * batch if method == "DSM, 2 batches" else batch
+    reference = pool[torch.randint(len(pool), (max(count, 256),), generator=g)]
+    x0 = reference[:count]
+    s, weight = torch.full((len(x0), 1), sigma), EDM().weight
+    noise = torch.randn(x0.shape, generator=g)
+    if method == "antithetic":
+        loss = antithetic_loss(net, x0, noise, s, weight)
+    elif method == "STF 256":
+        loss = stf_loss(net, x0, noise, s, weight, partial(stf_target, reference=reference))
+    elif method == "exact target":
+        loss = stf_loss(net, x0, noise, s, weight, ring_mean)
+    elif method in ORDERS:
+        loss, control = taylor_terms(net, x0, noise, s, weight, c_skip, ORDERS[method])
+        loss = loss - RunningBeta()(s)[:, 0] * control
+    else:
+        loss = dsm_loss(net, x0, noise, s, weight)
+    return loss.mean()
+
+
+@torch.no_grad()
+def relative_error(net, x0, sigma):
+    """E|D - E[x0 | x]|^2 over that of a fresh network, D = c_skip x, at one level, on the ring."""
+    s = torch.full((len(x0), 1), sigma)
+    x = x0 + s * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    mean, fresh = ring_mean(x, s), EDM().precondition(s)[0] * x
+    return (((net(x, s) - mean) ** 2).sum() / ((fresh - mean) ** 2).sum()).item()
+
+
+def errors_of(method, pool, level, steps, marks, seed):
+    """relative_error after each of marks steps by one of METHODS; Adam, batches of 64, averaged."""
+    net, average, g = mlp(seed), mlp(seed), torch.Generator().manual_seed(seed)
+    optimizer, errors = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss_by(method, net, pool, 64, level, g).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mean, p in zip(average.parameters(), net.parameters()):
+                mean.lerp_(p, 1 / 500)
+        if step in marks:
+            errors.append(relative_error(average, pool[:4096], level))
+    return errors
+
+
+def converge(args):
+    """Training at one noise level with and without the control variate (TCV fig. 1).
+
+        E|D - E[x0 | x]|^2 over that of a fresh network, whose D is c_skip x
+
+    An MLP on a ring of 8 Gaussians.  Twice the batch, antithetic pairs and a control of order 0
+    cost two evaluations of the network for each sample, order 1 about five.  About 2 minutes.
+    """
+    pool, _, _ = points(args)
+    marks = sorted({max(1, args.training * k // 20) for k in range(1, 21)})
+    rows, told = [], Progress("trainings", len(args.levels) * len(METHODS) * args.seeds)
+    for level in args.levels:
+        block = [[level, *(step if level == own else None for own in args.levels)]
+                 for step in marks]
+        for i, method in enumerate(METHODS):
+            runs = []
+            for seed in range(args.seed, args.seed + args.seeds):
+                runs.append(errors_of(method, pool, level, args.training, marks, seed))
+                told((len(rows) // len(marks) * len(METHODS) + i) * args.seeds + len(runs))
+            for row, errors in zip(block, zip(*runs)):
+                row += plot.mean_and_sd(errors)
+        rows += block
+    steps = [f"step, {level:g}" for level in args.levels]
+    spread = {method: f"{method} sd" for method in METHODS}
+    columns = ["sigma", *steps, *(name for pair in spread.items() for name in pair)]
+    plot.show(args, columns, rows, [
+        dict(x=x, y=METHODS, spread=spread, xlabel="training steps", xscale="linear",
+             ylabel="error over a fresh network's", yscale="linear", ylim=(0, 1.1),
+             title=f"sigma = {level:g}") for x, level in zip(steps, args.levels)],
+        "ring: training at one noise level with and without a control; mean and sd of "
+        f"{args.seeds} runs", size=(5.6, 3.8))
+
+
+def optimizers(args):
+    """Variance that a control leaves while Adam and while SGD train (TCV fig. 4).
+
+    An MLP on a ring of 8 Gaussians learns by DSM; at some steps the variance of the gradient is
+    measured as in gradvar, over EDM's training noise.  "Adam's step": of the gradient over the root
+    of Adam's own average of its square.  About 1 minute.
+    """
+    pool, labels, _ = points(args)
+    marks = sorted({max(1, round(args.training ** (k / 9))) for k in range(10)})
+    table, told = {step: [step] for step in marks}, Progress("measurements", 2 * len(marks))
+    for name in ("Adam", "SGD"):
+        net, g = mlp(args.seed), torch.Generator().manual_seed(args.seed)
+        if name == "Adam":
+            optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        else:
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for step in range(1, args.training + 1):
+            x0 = pool[torch.randint(len(pool), (256,), generator=g)]
+            sigma = EDM().training_sigma(torch.rand(256, 1, generator=g))
+            loss = dsm_loss(net, x0, torch.randn(x0.shape, generator=g), sigma, EDM().weight)
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+            if step not in table:
+                continue
+            scales = [1.0]
+            if name == "Adam":
+                square = [optimizer.state[p]["exp_avg_sq"].flatten() for p in net.parameters()]
+                scales.append(1 / (torch.cat(square).double().sqrt() + 1e-8))
+            for scale in scales:
+                found = average_left(net, pool, labels, args.num,
+                                          torch.Generator().manual_seed(args.seed), scale=scale)
+                table[step] += found.values()
+            told(sum(len(row) > 1 + 2 * len(found) * (name == "SGD") for row in table.values()))
+    names = [("Adam", "gradient, while Adam trains"), ("Adam's step", "Adam's step"),
+             ("SGD", "gradient, while SGD trains")]
+    plot.show(args, ["step", *(f"{name} {kind}" for name, _ in names for kind in found)],
+              list(table.values()), [
+        dict(y={f"{name} {kind}": kind for kind in found}, xlabel="training steps", title=title,
+             ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1.1))
+        for name, title in names],
+        "ring, an MLP: variance that is left while it trains; plain DSM is 1")
+
+
+def grid(args):
+    """Variance that a control of order 0 and 1 leaves, by depth, width, activation (TCV fig. 5).
+
+    MLPs on a ring of 8 Gaussians, each trained on STF's target; over EDM's training noise, at each
+    noise level with the best factor.  About 4 minutes.
+    """
+    pool, labels, _ = points(args)
+    networks = list(itertools.product(ACTIVATIONS, args.depth, args.width))
+    curves = {(depth, k): f"{depth} hidden, order {k}" for depth in args.depth for k in (0, 1)}
+    rows, told = [], Progress("networks", len(networks))
+    for activation, depth, width in networks:
+        g = torch.Generator().manual_seed(args.seed)
+        net = fitted(mlp(args.seed, width, depth, activation), pool, args.training, g)
+        found = average_left(net, pool, labels, args.num, g)
+        count = sum(p.numel() for p in net.parameters())
+        rows.append([activation, depth, width]
+                    + [count if activation == name else None for name in ACTIVATIONS]
+                    + [found[f"order {k}"] if depth == own else None for own, k in curves])
+        told(len(rows))
+    columns = ["activation", "depth", "width", *(f"parameters, {name}" for name in ACTIVATIONS)]
+    plot.show(args, [*columns, *curves.values()], rows, [
+        dict(x=f"parameters, {name}", y=list(curves.values()), xlabel="number of parameters",
+             ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1), title=name,
+             marker="o") for name in ACTIVATIONS],
+        "ring, MLPs of several sizes: variance that a control leaves; plain DSM is 1", most=30)
+
+
+COMMANDS = {
+    "gradvar": (gradvar, dict(run=None, num=0, batch=16, n=[16, 256, 1024], orders=[0, 1, 2],
+                              training=3000, levels=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0,
+                                                     10.0])),
+    "converge": (converge, dict(levels=[0.01, 0.03, 0.1], training=2000, seeds=2)),
+    "optimizers": (optimizers, dict(training=3000, num=300)),
+    "grid": (grid, dict(width=[16, 64, 256], depth=[1, 2, 3], training=1000, num=300))}
+
+if __name__ == "__main__":
+    sys.exit(plot.main("taylor", COMMANDS))

@@ -1,0 +1,83 @@
+"""oracles.py: what the tests of losses.py share: seeded noise, Gaussian data, standard errors."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def shaped(values, x):
+    """values (B,) or (K, B) -> (..., 1, ..., 1), which broadcasts with x (B, ...)."""
+    values = torch.as_tensor(values).to(x)
+    return values.view(*values.shape, *[1] * (x.ndim - 1))
+
+
+def recorded(denoise, calls):
+    """denoise, which now appends the number of rows of each of its calls to the list `calls`."""
+    def recording(x, sigma):
+        assert len(sigma) == len(x)
+        calls.append(len(x))
+        return denoise(x, sigma)
+    return recording
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+# ---- Minimisers ----------------------------------------------------------------------------------
+# A denoiser minimises a loss if the mean gradient is zero in every direction it could move in.
+
+def gradients(loss, denoise, x0, noise, sigma, *rest):
+    """Each sample's gradient of loss(denoise, x0, noise, sigma, *rest) in three directions: (B, 3).
+
+    denoise moves by theta_1 + theta_2 x + theta_3 sin(3 x), and each sample has its own theta.
+    """
+    theta = torch.zeros(len(x0), 3, dtype=x0.dtype, requires_grad=True)
+
+    def moved(x, s):
+        a, b, c = theta.repeat(len(x) // len(theta), 1).split(1, dim=1)
+        return denoise(x, s) + a + b * x + c * (3 * x).sin()
+
+    loss = loss(moved, x0, noise, sigma, *rest)
+    assert loss.shape == (len(x0),)
+    return torch.autograd.grad(loss.sum(), theta)[0]
+
+
+def largest_z(samples):
+    """How many standard errors the mean of (B, k) samples is from zero, at most over k."""
+    return (samples.mean(0) / samples.std(0) * len(samples) ** 0.5).abs().max().item()
+
+
+# ---- Gaussian data -------------------------------------------------------------------------------
+
+MEAN, VARIANCE = torch.tensor([0.3, -1.0]).double(), torch.tensor([1.0, 0.1]).double()
+
+
+def gaussian_batch(B, seed, low=0.1, high=3.0):
+    """x0 ~ N(MEAN, VARIANCE), noise, and sigma log-uniform between low and high."""
+    x0 = MEAN + VARIANCE.sqrt() * randn(B, 2, seed=seed)
+    u = torch.rand(B, 1, generator=generator(seed + 1), dtype=torch.float64)
+    return x0, randn(B, 2, seed=seed + 2), low * (high / low) ** u
+
+
+def gaussian_denoiser(x, sigma):
+    """E[x0 | x], the Wiener filter."""
+    return MEAN + VARIANCE / (VARIANCE + sigma ** 2) * (x - MEAN)

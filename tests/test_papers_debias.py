@@ -1,0 +1,173 @@
+"""papers/debias.py: weights and errors in closed form, and each command in small."""
+
+import csv
+import json
+import math
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from oracles import randn
+from papers import debias, plot
+
+SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4, steps=4,
+             checkpoint_every=1, fid_num=4, fid_features="pixels")
+
+
+def call(name, tmp_path, options=SMALL, **arguments):
+    """The command's table as a list of dicts; it runs with its defaults but for these."""
+    command, defaults = debias.COMMANDS[name]
+    given = defaults | dict(paper="debias", command=name, seed=0, out=str(tmp_path), options=options)
+    command(SimpleNamespace(**given | arguments))
+    with open(tmp_path / f"debias-{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def runs():
+    """The options of all runs that commands have trained."""
+    return [json.loads(path.read_text()) for path in Path("plots/runs").glob("*/options.json")]
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+
+def test_bound_weight_is_that_of_the_divergence_between_two_reverse_steps():
+    """KL = |difference of means|^2/(2 beta), and the mean is gamma_1 x0 + ...; the printed weight
+    is that of the means' difference alone."""
+    sigma = debias.LEVELS
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    ab = (1 - beta).cumprod(0)
+    gamma_1 = (ab / (1 - beta)).sqrt() * beta / (1 - ab)                         # SA section 2.2
+    printed, bound = debias.bound_weights(sigma)
+    torch.testing.assert_close(printed, (gamma_1 * sigma) ** 2, rtol=1e-8, atol=0)
+    torch.testing.assert_close(bound, (gamma_1 * sigma) ** 2 / (2 * beta), rtol=1e-8, atol=0)
+
+
+def test_weights_and_their_shares(tmp_path, capsys):
+    """On linear betas 1/sqrt(SNR) runs from .01 to 157, mean 17.8; the last tenth has 57 %."""
+    assert plot.main("debias", debias.COMMANDS, ["weights", "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "debias-weights.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["t"]) for row in rows] == list(range(1, 1001))
+    weight = [float(row["debias"]) for row in rows]
+    assert weight[0] == pytest.approx(0.01, rel=1e-3) and weight[-1] == pytest.approx(157, abs=1)
+    assert sum(weight) / 1000 == pytest.approx(17.8, abs=0.05)
+    assert 1 - float(rows[899]["share: debias"]) == pytest.approx(0.57, abs=0.005)
+    assert float(rows[499]["share: constant"]) == pytest.approx(0.5)
+    for row in rows[::100]:
+        assert float(row["inverse-snr"]) == pytest.approx(float(row["sigma"]) ** 2, rel=1e-4)
+    assert all(float(value) == 1 for name, value in rows[-1].items() if name.startswith("share"))
+    assert capsys.readouterr().out.count("\n       1000") == 1
+
+
+# ---- Errors by noise level -----------------------------------------------------------------------
+
+def gaussian(x, sigma, v):
+    """E[x0 | x] of data N(0, v)."""
+    return v / (v + sigma ** 2) * x
+
+
+def columns(rows):
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+def test_error_of_the_noise_of_gaussian_data_and_of_the_initial_guess():
+    """v/(v + sigma^2) for the best denoiser of N(0, v); ab v + (1 - sqrt(1 - ab))^2 for x_t."""
+    v, x0 = 0.25, 0.5 * randn(20_000, 1)
+    denoisers = dict(initial=debias.initial, best=partial(gaussian, v=v))
+    t, sigma, first, best = columns(debias.errors_by_t(denoisers, x0, debias.noise_error, 0))
+    ab = 1 / (1 + sigma ** 2)
+    assert t[0] == 1 and t[-1] == 1000
+    torch.testing.assert_close(best, v / (v + sigma ** 2), rtol=0.04, atol=0)
+    torch.testing.assert_close(first, ab * v + (1 - (1 - ab).sqrt()) ** 2, rtol=0.04, atol=0)
+    torch.testing.assert_close(best[-5:] / first[-5:], torch.ones(5).double(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("pixels", [1, 16])
+def test_error_of_the_colour_of_gaussian_gray_images(pixels):
+    """A gray c ~ N(0, v), seen in so many pixels: the error is N(0, v s^2/(v + s^2)) with s^2 =
+    sigma^2/pixels, and its mean size sqrt(2/pi) times its deviation.  One pixel: a point."""
+    v, side = 0.1, int(pixels ** 0.5)
+    shape = (20_000, 1, side, side) if pixels > 1 else (20_000, 1)
+    x0 = v ** 0.5 * randn(20_000, *[1] * (len(shape) - 1)).expand(shape)
+
+    def best(x, sigma):
+        mean = x.flatten(1).mean(1).view(-1, *[1] * (x.ndim - 1)).expand_as(x)
+        return gaussian(mean, sigma / pixels ** 0.5, v)
+    t, sigma, got = columns(debias.errors_by_t(dict(best=best), x0, debias.colour_error, 0))
+    s2 = sigma ** 2 / pixels
+    torch.testing.assert_close(got, (2 / math.pi * v * s2 / (v + s2)).sqrt(), rtol=0.03, atol=0)
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+def test_table_is_the_distance_of_each_run_by_steps_and_over_training(folder, capsys):
+    table = call("table", folder, weights=("constant", "debias"), T=(2, 3), early=3, seeds=2)
+    assert [(row["T"], row["step"]) for row in table] == [
+        ("2", ""), ("3", ""), ("", "2"), ("", "4")]
+    assert sorted((o["weight"], o["seed"], o["loss"], o["schedule"]) for o in runs()) == [
+        (weight, seed, "dsm", "ddpm") for weight in ("constant", "debias") for seed in (0, 1)]
+    found = []
+    for seed in (0, 1):
+        run = next(o["out"] for o in runs() if (o["weight"], o["seed"]) == ("debias", seed))
+        network, options = evaluate.load_run(run)
+        features = evaluate.extractor("pixels", options.shape)
+        real = evaluate.real_statistics(evaluate.run_data(options), 4, features)
+        found.append(evaluate.run_distance(network, options, 4, features, real, sampler="ddpm",
+                                           steps=3))
+    assert float(table[1]["debias"]) == pytest.approx(np.mean(found), rel=1e-4)
+    assert float(table[1]["sd debias"]) == pytest.approx(np.std(found, ddof=1), rel=1e-3)
+    assert table[3]["debias"] == table[1]["debias"] != table[2]["debias"]
+    page = np.asarray(Image.open(folder / "debias-table-samples.png"))
+    assert page.shape[0] == 28 + 2 * 64 + 16                                # a row for each weight
+
+
+def test_commands_share_the_runs_that_they_compare(folder, capsys, monkeypatch):
+    monkeypatch.setattr(debias, "NAMES", ("constant", "debias"))
+    table = call("mse", folder, num=4)
+    assert len(runs()) == 2 and len(table) == 38
+    for row in table:
+        ratio = float(row["debias"]) / float(row["initial"])
+        assert float(row["debias/initial"]) == pytest.approx(ratio, rel=1e-4)
+        assert float(row["initial/initial"]) == 1
+    call("table", folder, weights=("constant", "debias"), T=(2,), seeds=1)
+    assert len(runs()) == 2
+    call("targets", folder, targets=("eps", "v"), weights=("constant", "debias"), T=(2,), seeds=1)
+    assert sorted((o["precondition"], o["weight"]) for o in runs()) == [
+        ("schedule", "constant"), ("schedule", "debias"), ("v", "constant"), ("v", "debias")]
+    folders = [o["out"] for o in runs() if o["precondition"] == "v"]
+    assert {"initial", *folders} < set(call("mse", folder, runs=folders, num=4)[0])
+
+
+def test_runs_of_other_classes_are_refused(folder, capsys):
+    for cond in (True, False):
+        call("table", folder, SMALL | dict(cond=cond), weights=("p2",), T=(1,), early=1, seeds=1)
+    with pytest.raises(evaluate.BadInput, match="other data or classes"):
+        call("mse", folder, runs=[options["out"] for options in runs()], num=4)
+
+
+def test_onestep_shows_the_colour_of_what_the_class_tells(folder, capsys, monkeypatch):
+    """At much noise the posterior mean is the mean of x0's own class, and its colour error what
+    lies between the images' colours.  Pictures: a row for x0, each run and the posterior mean."""
+    monkeypatch.setattr(debias, "NAMES", ("debias",))
+    images = np.load("images.npz")["images"]
+    images[1::2] //= 2                                              # the second class is darker
+    np.savez("classes.npz", images=images, labels=np.arange(40) % 2)
+    table = call("onestep", folder, SMALL | dict(data="classes.npz"), num=40, T=2)
+    colour = images.mean((1, 2)) / 127.5 - 1                                             # (40, 3)
+    spread = [np.linalg.norm(colour[k::2] - colour[k::2].mean(0), axis=1).mean() for k in (0, 1)]
+    assert float(table[-1]["posterior mean"]) == pytest.approx(np.mean(spread), rel=0.01)
+    assert float(table[0]["posterior mean"]) < 1e-3 < float(table[-1]["debias"])
+    page = np.asarray(Image.open(folder / "debias-onestep-images.png")).astype(int)
+    assert page.shape[0] == 28 + 3 * 64 + 16
+    rows = page[28:28 + 3 * 64].reshape(3, 64, *page.shape[1:])
+    last = page.shape[1] - 16 - 64                       # the last image of the panel t = 100
+    assert abs(rows[0] - rows[2])[:, last:last + 64].max() <= 1      # little noise: x0 itself
+    assert abs(rows[0] - rows[1])[:, last:last + 64].max() > 1
+    page = np.asarray(Image.open(folder / "debias-onestep-sampling.png"))
+    assert page.shape[0] == 28 + 1 * 64 + 16

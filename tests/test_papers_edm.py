@@ -1,0 +1,296 @@
+"""papers/edm.py against closed forms: Gaussian data, whose ideal denoiser is linear, and data at
++1 and -1, where it is tanh(x/sigma^2)."""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from papers import edm, plot
+from samplers import euler, heun
+from schedules import EDM, VE, VP
+
+V = 0.16                                                        # the Gaussian data's variance
+
+
+class Wiener(torch.nn.Module):
+    """E[x0 | x] where x0 ~ N(0, V I)."""
+
+    def forward(self, x, sigma, labels=None):
+        return V / (V + sigma ** 2) * x
+
+
+@pytest.fixture(scope="module")
+def gaussian(tmp_path_factory):
+    """A run of one step on 4000 points of N(0, V) in the plane."""
+    folder = tmp_path_factory.mktemp("gaussian")
+    x = np.random.default_rng(0).standard_normal((4000, 2))
+    x = x - x.mean(0)
+    x = V ** 0.5 * x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T, bias=True))).T
+    np.save(folder / "points.npy", x.astype(np.float32))
+    return train.run(train.Options(data=str(folder / "points.npy"), loss="dsm", width=8, batch=8,
+                                   steps=1, warmup=0, eval_every=0, out=str(folder / "run")),
+                     brief=True)
+
+
+@pytest.fixture
+def exact(gaussian, monkeypatch, tmp_path):
+    """The same run, whose network is now the ideal denoiser."""
+    options = evaluate.load_run(gaussian)[1]
+    monkeypatch.setattr(evaluate, "load_run", lambda run, device=None: (Wiener(), options))
+    monkeypatch.chdir(tmp_path)
+    return gaussian
+
+
+def table(*argv):
+    """The columns of the CSV that a command has written, {name: numbers, NaN for empty cells}."""
+    assert plot.main("edm", edm.COMMANDS, [*argv, "--out", "out"]) == 0
+    with open(f"out/edm-{argv[0]}.csv", newline="") as file:
+        names, *rows = csv.reader(file)
+    return dict(zip(names, np.array([[cell or "nan" for cell in row] for row in rows]).T))
+
+
+def numbers(*argv):
+    return {name: column.astype(float) for name, column in table(*argv).items()}
+
+
+def floor(run, num):
+    return edm.Judge(SimpleNamespace(options=dict(fid_num=num)), run).floor
+
+
+# ---- Figure 1 ------------------------------------------------------------------------------------
+
+def test_the_ideal_denoiser_of_two_points_is_tanh():
+    data = SimpleNamespace(x=np.array([[-1.0], [1.0]]))
+    ideal = edm.ideal_denoiser(data, SimpleNamespace(classes=()), None)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for sigma in (0.3, 2.0):
+        torch.testing.assert_close(ideal(x, torch.tensor(sigma).double()),
+                                   torch.tanh(x / sigma ** 2))
+
+
+def test_the_ideal_denoiser_goes_from_the_image_to_the_mean_of_its_class(folder):
+    """And the picture has two images of three rows, the first two of them alike at little noise."""
+    run = train.run(train.Options(data="images.npz", cond=True, width=8, mult=(1, 1), steps=1,
+                                  batch=8, eval_every=0, out="run"), brief=True)
+    found = numbers("denoise", run, "--num", "40", "--levels", ".001", "1000")
+    images = np.load("images.npz")["images"] / 127.5 - 1
+    spread = np.concatenate([images[k::2] - images[k::2].mean(0) for k in (0, 1)]).std()
+    assert found["ideal - x0"] == pytest.approx([0, spread], abs=0.003)
+    assert found["ideal - mean"] == pytest.approx([spread, 0], abs=0.003)
+    page = np.asarray(Image.open("out/edm-denoise-images.png")).astype(int)
+    cells = page[28:28 + 6 * 64].reshape(6, 64, *page.shape[1:])
+    inside = np.flatnonzero(np.abs(cells[0] - cells[3]).max((0, 2)))       # two images differ
+    assert page.shape[0] == 28 + 6 * 64 + 16 and len(inside) > 64
+    first = slice(inside[0], inside[0] + 64)
+    assert np.abs(cells[0] - cells[1])[:, first].max() <= 1
+    assert np.abs(cells[1] - cells[2]).max() > 20                # at much noise, the network's row
+
+
+# ---- Figures 2 and 4 -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("schedule", [VP(), VE()])
+def test_edms_time_steps_on_another_schedule_have_edms_noise_levels(schedule):
+    mixed = edm.with_edm_steps(schedule)
+    t = mixed.time_steps(18)
+    torch.testing.assert_close(mixed.sigma(t), EDM().time_steps(18))
+    torch.testing.assert_close(mixed.s(t), schedule.s(t))
+    assert not torch.equal(schedule.time_steps(18), t)
+
+
+@pytest.mark.parametrize("other", ["vp", "ve"])
+def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
+    found = numbers("solvers", exact, "--N", "6", "128", "--rtol", ".001", "--fid-num", "1000",
+                    "--other", other)
+    limit = 4 * floor(exact, 1000)
+    few, many = np.flatnonzero(found["NFE"] == 11)[0], np.flatnonzero(found["NFE"] == 255)[0]
+    assert max(found[name][many] for name in ("heun", "+ t_i", "+ sigma, s", "euler edm")) < limit
+    assert np.nanmax(found["rk45"]) < limit < found["+ sigma, s"][few]
+    assert found["euler"][few] > found["euler"][many]
+    assert found["+ sigma, s"][many] < found["euler"][many]
+
+
+def test_nfe_and_distance_of_a_judge_are_those_of_its_sampler(exact):
+    judge = edm.Judge(SimpleNamespace(options=dict(fid_num=500)), exact)
+    assert judge.name == "frechet_pixels_500"
+    assert judge("heun", 18)[1] == 35 and judge("euler", 18)[1] == 18
+    assert judge("heun", 18)[0] < 4 * judge.floor < judge("euler", 3)[0]
+
+
+def test_a_table_of_several_runs_has_their_mean_and_pooled_deviation():
+    distances = {"heun": [1.0, 3.0], "euler": [5.0, 5.0]}
+    judges = [lambda sampler, steps, k=k: (distances[sampler][k], 2 * steps) for k in (0, 1)]
+    means, sd, nfes = edm.over_runs(judges, [("heun", 3, {}), ("euler", 4, {})])
+    assert means == [2, 5] and nfes == [6, 8] and sd == pytest.approx(1.0)     # sqrt((2 + 0)/2)
+
+
+def test_each_setting_of_churn_switches_off_what_it_names(exact):
+    """S_noise 2 inflates the samples.  Within the interval is the first of 24 steps alone, and
+    the flow of Gaussian data is linear: it carries that step's variance, r, down to the samples.
+    """
+    found = numbers("churn", exact, "--N", "24", "--S_churn", "8", "--S_tmin", "75", "--S_tmax",
+                    "90", "--S_noise", "2", "--fid-num", "1000")
+    limit = 4 * floor(exact, 1000)
+    heun = edm.Judge(SimpleNamespace(options=dict(fid_num=1000)), exact)("heun", 24)[0]
+    first = [found[name][0] for name in ("all", "interval", "S_noise", "neither")]
+    assert first == pytest.approx([heun] * 4, rel=1e-4)                # S_churn 0 is Heun's method
+    r = (1 + 2 ** 2 * (16 / 9 - 1)) * 9 / 16                           # sigma_hat = 4/3 sigma
+    assert found["all"][1] == pytest.approx(2 * V * (r ** 0.5 - 1) ** 2, rel=0.25)
+    assert found["all"][1] > limit and found["S_noise"][1] > 2 * found["all"][1]
+    assert found["interval"][1] < limit and found["neither"][1] < limit
+    assert found["interval"][1] != found["neither"][1]
+    assert found["SDE"][0] == found["SDE"][1] < limit
+
+
+# ---- Figure 3 ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("schedule", [VP(), VE()])
+def test_flow_lines_are_the_same_in_every_schedule(schedule):
+    """x(t)/s(t) at a noise level does not depend on sigma(t) and s(t) (EDM eq. 4)."""
+    sigma = EDM(sigma_max=25.0).time_steps(1000)[:-1]
+    starts = torch.tensor([-1, -0.1, 0, 0.5], dtype=torch.float64)
+    want = edm.flow_lines(heun, EDM(), sigma, starts)[1]
+    t, x = edm.flow_lines(heun, schedule, sigma, starts)
+    torch.testing.assert_close(schedule.sigma(t), sigma)
+    torch.testing.assert_close(x / schedule.s(t)[:, None], want, rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(want[-1], starts.sign(), rtol=0, atol=0.02)
+
+
+def test_edms_lines_are_straight_far_out_and_point_to_the_denoiser():
+    """dx/dsigma = (x - D)/sigma: the tangent meets sigma = 0 at D, far out 0, close by +-1."""
+    sigma = EDM(sigma_max=50.0).time_steps(2000)[:-1]
+    t, x = edm.flow_lines(heun, EDM(), sigma, torch.tensor([0.3, 1.0]).double())
+    slope = (x[2:] - x[:-2]) / (t[2:] - t[:-2])[:, None]
+    aim = x[1:-1] - t[1:-1, None] * slope
+    torch.testing.assert_close(aim, torch.tanh(x / t[:, None] ** 2)[1:-1], rtol=0, atol=1e-3)
+    assert aim[0].abs().max() < 0.03 and aim[-1] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_table_of_trajectories_has_eulers_error_which_is_of_first_order(folder):
+    found = numbers("trajectories", "--levels", "25", "--N", "15", "75", "150")
+    sigma = EDM(sigma_max=25.0).time_steps(151)[:-1]
+    starts = torch.tensor([-2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2], dtype=torch.float64)
+    for name, schedule in dict(VP=VP(), VE=VE(), EDM=EDM()).items():
+        t, x = edm.flow_lines(heun, schedule, sigma, starts)
+        off = (edm.flow_lines(euler, schedule, sigma[::10], starts)[1] - x[::10]) / (
+            schedule.s(t) * (1 + sigma ** 2).sqrt())[::10, None]
+        assert found[f"{name}, 25"][0] == pytest.approx(off.square().mean().sqrt().item(), rel=1e-4)
+        assert found[f"{name}, 25"][1] / found[f"{name}, 25"][2] == pytest.approx(2, abs=0.1)
+    assert found["VE, 25"][0] > 5 * found["EDM, 25"][0]
+
+
+# ---- Table 2 -------------------------------------------------------------------------------------
+
+def config(letter):
+    """The options of a row of table 2: its own changes and all those before."""
+    options = {}
+    for name, change in edm.CONFIGS.items():
+        options |= change if name[0] <= letter else {}
+    return options
+
+
+def test_each_config_changes_what_its_letter_says():
+    data = SimpleNamespace(name="digits", x=np.zeros((9, 3, 16, 16), np.uint8), fingerprint="",
+                           classes=list("01"), labels=np.arange(9) % 2)
+    options = {name: train.resolve(train.Options(**config(name)), data) for name in "ABCDEF"}
+    sigma = torch.tensor([0.1, 1.0, 20.0])
+    c_out = {name: evaluate.build_precondition(o)(sigma)[1] for name, o in options.items()}
+    weight = {name: evaluate.build_weight(o)(sigma) for name, o in options.items()}
+    levels = {name: evaluate.build_schedule(o) for name, o in options.items()}
+    for name in "ABC":
+        torch.testing.assert_close(c_out[name], -sigma)                  # F predicts the noise
+    for name in "ABCD":
+        torch.testing.assert_close(weight[name], sigma ** -2)
+        assert levels[name] == VP()
+    for name in "DEF":
+        torch.testing.assert_close(c_out[name], EDM().precondition(sigma)[1])
+    for name in "EF":
+        torch.testing.assert_close(weight[name] * c_out[name] ** 2, torch.ones(3))
+        assert levels[name] == EDM(P_mean=-0.5, P_std=1.0)
+    assert options["A"].lr < options["B"].lr and options["A"].clip < options["B"].clip
+    assert len(options["B"].mult) > len(options["C"].mult)
+    assert options["E"].augment == 0 < options["F"].augment
+
+
+def test_configs_are_trained_in_turn_with_two_seeds_and_options_that_the_user_gave_win(
+        exact, monkeypatch):
+    runs = []
+
+    def trained(given, **own):
+        runs.append(given | own)
+        return exact
+    monkeypatch.setattr(plot, "trained", trained)
+    found = table("configs", "--data", "cifar10", "--lr", ".1", "--fid-num", "100", "--seed", "5")
+    given = dict(data="cifar10", lr=0.1, fid_num=100)
+    assert runs == [dict(steps=400) | config(name) | given | dict(seed=seed) for name in "ABCDEF"
+                    for seed in (5, 6)]
+    heun = edm.Judge(SimpleNamespace(options=given), exact)("heun", 18)[0]
+    assert found["config"].tolist() == list(edm.CONFIGS)
+    for name in ("mean", "one seed", "another"):
+        assert found[name].astype(float) == pytest.approx([heun] * 6, rel=1e-4)
+
+
+# ---- Local truncation error ----------------------------------------------------------------------
+
+def test_local_errors_of_gaussian_data_have_their_closed_form():
+    """The flow is x sqrt((V + b^2)/(V + a^2)) from sigma = a to b, and a step's slope is linear."""
+    x, sigma = 3 * torch.randn(50, 2, dtype=torch.float64), EDM(rho=3.0).time_steps(12)[:-1]
+    found = edm.local_errors(Wiener(), x, sigma, fine=256)
+    for (a, *got), b in zip(found, sigma[1:].tolist()):
+        slope = a / (V + a ** 2)                                          # dx/dsigma = slope x
+        euler_step = 1 + (b - a) * slope
+        heun_step = 1 + (b - a) / 2 * (slope + b / (V + b ** 2) * euler_step)
+        true = math.sqrt((V + b ** 2) / (V + a ** 2))
+        size = x.square().mean().sqrt().item()
+        want = [size * abs(step - true) for step in (euler_step, heun_step)]
+        assert got == pytest.approx(want, rel=2e-3, abs=1e-4 * size * abs(a - b))
+        x = true * x
+
+
+def test_local_errors_are_of_second_and_third_order():
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = [edm.local_errors(Wiener(), x, torch.tensor([0.3, 0.3 - h]).double(), fine=64)[0][1:]
+              for h in (0.02, 0.01)]
+    assert errors[0][0] / errors[1][0] == pytest.approx(4, rel=0.05)
+    assert errors[0][1] / errors[1][1] == pytest.approx(8, rel=0.05)
+
+
+def test_the_table_of_truncation_has_a_column_for_each_solver_and_rho(exact, capsys):
+    found = numbers("truncation", exact, "--rho", "1", "7", "--N", "8", "--num", "500",
+                    "--fid-num", "1000")
+    filled = [np.flatnonzero(np.isfinite(found[f"{how}, {rho}"])).tolist()
+              for how in ("Euler", "Heun") for rho in (1, 7)]
+    assert filled == [list(range(7)), list(range(7, 14))] * 2             # no step to sigma = 0
+    assert found["sigma"][:7] == pytest.approx(EDM(rho=1.0).time_steps(8)[:7].numpy(), rel=1e-4)
+    words = capsys.readouterr().out.split("distance of samples ")
+    assert float(words[1].split()[0]) > 10 * float(words[2].split()[0])   # rho = 1 against 7
+
+
+# ---- Figure 5a -----------------------------------------------------------------------------------
+
+def test_the_density_is_normal_for_edm_and_uniform_for_ve():
+    levels = torch.logspace(-3, 2, 26, dtype=torch.float64)
+    normal = torch.distributions.Normal(-0.5, 1.0).log_prob(levels.log()).exp()
+    got = edm.log_density(EDM(P_mean=-0.5, P_std=1.0), levels)
+    torch.testing.assert_close(got, normal, rtol=0.02, atol=2e-3)
+    inside = (levels > 0.03) & (levels < 70)
+    got = edm.log_density(VE(sigma_min=0.02, sigma_max=100.0), levels)[inside]
+    torch.testing.assert_close(got, torch.full_like(got, 1 / math.log(5000)), rtol=1e-3, atol=0)
+
+
+def test_loss_before_and_after_training_have_their_closed_forms(exact):
+    """Before, F = 0 and D = c_skip x; after, D is the ideal denoiser of N(0, V)."""
+    found = numbers("loss", exact, "--num", "4000")
+    sigma = found["sigma"]
+    c_skip, weight = 0.25 / (0.25 + sigma ** 2), (0.25 + sigma ** 2) / (0.5 * sigma) ** 2
+    before = weight * ((1 - c_skip) ** 2 * V + c_skip ** 2 * sigma ** 2)
+    after = weight * V * sigma ** 2 / (V + sigma ** 2)
+    assert found["before"] == pytest.approx(before, rel=0.05)
+    assert found["after"] == pytest.approx(after, rel=0.05)
+    assert found["density"].sum() * math.log(sigma[1] / sigma[0]) == pytest.approx(1, abs=0.01)

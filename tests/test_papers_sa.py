@@ -1,0 +1,183 @@
+"""papers/sa.py: the estimation gap and the bias of SA-K in closed form, and each command in small."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from losses import sa_tau
+from oracles import generator, randn
+from papers import sa
+from samplers import ddpm
+from schedules import DDPM
+
+SHORT = DDPM(beta_1=0.02, beta_T=0.4, T=10).levels
+SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4, steps=1, fid_num=4,
+             fid_features="pixels")
+
+
+def call(name, tmp_path, options=SMALL, **arguments):
+    """The command's table as a list of dicts; it runs with its defaults but for these."""
+    command, defaults = sa.COMMANDS[name]
+    given = defaults | dict(paper="sa", command=name, seed=0, out=str(tmp_path), options=options)
+    command(SimpleNamespace(**given | arguments))
+    with open(tmp_path / f"sa-{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def runs():
+    """The options of all runs that commands have trained."""
+    return [json.loads(path.read_text()) for path in Path("plots/runs").glob("*/options.json")]
+
+
+# ---- Estimation gap ------------------------------------------------------------------------------
+
+def noise_source(shape, seed=0):
+    g = generator(seed)
+
+    def noise():
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+    return noise
+
+
+def carried(ladder):
+    """How much longer a gap is at x_t, t = T-1 ... 1, than what is left of it at x_1."""
+    return (ladder ** 2 / (1 + ladder ** 2).sqrt())[:-1].flip(0) / (
+        ladder[0] ** 2 / (1 + ladder[0] ** 2).sqrt())
+
+
+def test_gap_of_a_planted_bias_is_theorem_1s_sum():
+    """eps_hat = eps + b at every step: d = b sum tau; were the errors unrelated, b sqrt(sum tau^2).
+
+    Data of a single point, x0 = 0, so that this network is D = -sigma b.
+    """
+    x0, b = torch.zeros(5, 3, dtype=torch.float64), -0.3
+
+    def biased(x, sigma):
+        return -sigma * b * torch.ones_like(x)
+    got = sa.estimation_gap(biased, x0, SHORT, noise_source((5, 3)))
+    tau = sa_tau(SHORT, torch.arange(10, 1, -1), 1, "paper")[0]
+    d, unrelated = tau.cumsum(0), (tau ** 2).cumsum(0).sqrt()
+    want = torch.stack([b * d, abs(b) * d, abs(b) * unrelated], 1) * carried(SHORT)[:, None]
+    torch.testing.assert_close(got, want)
+
+
+def test_gap_is_the_distance_to_the_true_reverse_process_at_every_step():
+    """Any denoiser: ddpm with D = x0 and the same noise, less the model's states."""
+    x0 = randn(6, 3, seed=1)
+
+    def network(x, sigma):
+        return (x + sigma).tanh()
+
+    def true(x, sigma):
+        return x0
+    got = sa.estimation_gap(network, x0, SHORT, noise_source((6, 3)))
+    paths = []
+    for denoise in (true, network):
+        noise, path = noise_source((6, 3)), []
+        ddpm(denoise, x0 + SHORT[-1] * noise(), SHORT.flip(0), noise,
+             callback=lambda i, x: path.append(x))
+        paths.append(torch.stack(path))                                          # (9, 6, 3)
+    scale = 1 / (1 + SHORT[:-1].flip(0) ** 2).sqrt()                             # DDPM's frame
+    apart = scale[:, None, None] * (paths[0] - paths[1])
+    torch.testing.assert_close(got[:, 0], apart.mean((1, 2)))
+    torch.testing.assert_close(got[:, 1], apart.square().mean((1, 2)).sqrt())
+
+
+def test_gap_of_gaussian_data_and_its_own_denoiser():
+    """N(0, v) with D = c x, c = v/(v + sigma^2): E d^2 by the recursion of the second moments of
+    (x0, true x, model's x), each step linear in them.  So the best denoiser has a gap, too."""
+    v, n = 0.5, 100_000
+
+    def best(x, sigma):
+        return v / (v + sigma ** 2) * x
+    got = sa.estimation_gap(best, v ** 0.5 * randn(n, 1, seed=1), SHORT, noise_source((n, 1)))
+    start = torch.tensor([[1, 0], [1, SHORT[-1]], [1, SHORT[-1]]]).double()
+    M = start @ torch.tensor([[v, 0], [0, 1]]).double() @ start.T
+    for i in range(9, 0, -1):                                         # sigma_{i+1} -> sigma_i
+        above, below = SHORT[i], SHORT[i - 1]
+        r, c = (below / above) ** 2, v / (v + above ** 2)
+        A = torch.eye(3, dtype=torch.float64)
+        A[1] = torch.tensor([1 - r, r, 0])
+        A[2] = torch.tensor([0, 0, r + (1 - r) * c])
+        M = A @ M @ A.T
+        M[1:, 1:] += r * (above ** 2 - below ** 2)
+        apart = M[1, 1] - 2 * M[1, 2] + M[2, 2]
+        want = (apart / (1 + below ** 2)).sqrt()
+        assert got[9 - i, 1] == pytest.approx(want.item(), rel=0.015)
+        assert abs(got[9 - i, 0]) < 4 * want / n ** 0.5                # without a sign on average
+
+
+# ---- Bias of the minimiser -----------------------------------------------------------------------
+
+def test_tau_and_the_bias_of_independent_noises(tmp_path):
+    """Independent noises: .75, .77, .82, .97 of the noise at t = 10, 100, 200, 500; a path: .98."""
+    table = call("tau", tmp_path)
+    assert [row["t"] for row in table] == [str(t) for t in range(1, 1001)]
+    assert table[0]["tau"] == ""
+    for t, tau in [(2, 8.1e-3), (10, 4.0e-4), (100, 6.1e-6), (1000, 1.3e-8)]:
+        assert float(table[t - 1]["tau"]) == pytest.approx(tau, rel=0.01)
+    for name, factors in [("SA-2, independent", (0.750, 0.770, 0.820, 0.974)),
+                          ("SA-3, independent", (0.847, 0.860, 0.893, 0.986)),
+                          ("SA-2, path", (0.982, 0.998, 0.999, 1.000))]:
+        for t, factor in zip((10, 100, 200, 500), factors):
+            assert float(table[t - 1][name]) == pytest.approx(factor, abs=6e-4)
+
+
+@pytest.mark.parametrize("path", [False, True])
+def test_the_minimiser_is_the_posterior_mean_without_the_second_term(path):
+    for K, lam in ((3, 0.0), (1, 0.7)):        # with K = 1 the second term is the first one again
+        torch.testing.assert_close(sa.gaussian_factor(SHORT, K, lam, path),
+                                   torch.ones(10, dtype=torch.float64))
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def two(folder, monkeypatch):
+    """Of the four losses only dsm and SA-3, to be quicker."""
+    monkeypatch.setattr(sa, "LOSSES", {name: sa.LOSSES[name] for name in ("dsm", "SA-3")})
+    return folder
+
+
+def test_table_has_every_loss_sampler_and_number_of_steps(two, capsys):
+    """Each head's run starts from the run whose samples it draws; only SA-K gets --tau."""
+    table = call("table", two, SMALL | dict(tau="window"), T=(2, 3), head=1, seeds=1)
+    assert [(row["sampler"], row["T"]) for row in table] == [
+        (name, T) for name in ("ddpm", "ddim", "analytic", "sn", "npr") for T in ("2", "3")]
+    assert all(float(row[name]) > 0 and float(row[f"sd {name}"]) == 0 for row in table
+               for name in ("dsm", "SA-3"))
+    plain = [options for options in runs() if options["head"] == "none"]
+    assert sorted((o["loss"], o["K"], o["lam"], o["tau"]) for o in plain) == [
+        ("dsm", 2, None, "unit"), ("sa", 3, 0.3, "window")]
+    assert all((o["schedule"], o["weight"], o["steps"]) == ("ddpm", "constant", 1) for o in plain)
+    heads = sorted((o["head"], o["init"]) for o in runs() if o["head"] != "none")
+    assert heads == sorted((head, o["out"]) for head in ("sn", "npr") for o in plain)
+
+
+def test_ablation_shares_runs_with_the_table_and_dsm_has_no_lam(two, capsys):
+    call("table", two, samplers=("ddpm",), T=(2,), seeds=2)
+    assert len(runs()) == 4
+    table = call("ablation", two, K=(2, 3), lam=(0.3, 1.0), T=(2,), seeds=2)
+    assert len(runs()) == 4 + 6                                   # all but dsm and SA-3 with lam .3
+    assert [(row["T"], row["lam"]) for row in table] == [("2", "0.3"), ("2", "1")]
+    assert table[0]["dsm"] == table[1]["dsm"] and table[0]["SA-3"] != table[1]["SA-3"]
+    assert float(table[0]["sd dsm"]) > 0
+
+
+def test_gap_compares_runs_and_refuses_other_data(two, capsys):
+    table = call("gap", two, num=4, start=6)
+    assert [float(row["t"]) for row in table] == [5, 4, 3, 2, 1]
+    for name in ("dsm", "SA-3"):
+        assert float(table[0][f"{name}: ratio"]) == pytest.approx(1)        # a single step so far
+        assert all(abs(float(row[f"{name}: mean"])) <= float(row[f"{name}: rms"]) for row in table)
+    folders = [options["out"] for options in runs()]
+    again = call("gap", two, runs=folders, num=4, start=6)
+    assert {name.rsplit(": ")[0] for name in again[0]} == {"t", *folders}
+    call("table", two, SMALL | dict(cond=False), samplers=("ddim",), T=(1,), seeds=1)
+    other = next(options["out"] for options in runs() if not options["cond"])
+    with pytest.raises(sa.BadInput, match="other data or classes"):
+        call("gap", two, runs=[folders[0], other], num=4, start=6)

@@ -1,0 +1,248 @@
+"""papers/stf.py: exact posteriors, the target's variance and bias, effective sample size, runs."""
+
+import csv
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from papers import plot, stf
+from schedules import EDM, SCHEDULES, VE
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def grid(reach=12.0, count=24_001):
+    """x (count, 1) and the step between them, for integrals over the line."""
+    x = torch.linspace(-reach, reach, count, dtype=torch.float64)[:, None]
+    return x, (x[1] - x[0]).item()
+
+
+def density(x, mean, variance):
+    return torch.exp(-(x - mean) ** 2 / (2 * variance)) / (2 * math.pi * variance) ** 0.5
+
+
+def close(samples, truth, errors=4.0):
+    """Their mean over the first axis is truth, within so many standard errors."""
+    mean, error = samples.mean(0), samples.std(0) / len(samples) ** 0.5
+    return ((mean - truth).abs() <= errors * error + 1e-9).all()
+
+
+# ---- The exact posteriors ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 4.0])
+def test_mixture_mean_is_the_integral_over_the_posterior(sigma):
+    y, step = grid(3.0)
+    prior = (density(y, 0.5, 0.14 ** 2) + density(y, -0.4, 0.14 ** 2)) / 2
+    for x in (-1.0, 0.0, 0.3, 0.7):
+        weight = prior * density(torch.tensor(x), y, sigma ** 2)
+        truth = ((weight * y).sum() / weight.sum()).item()
+        mean = stf.mixture_mean(torch.tensor([[x]]).double(), torch.tensor([[sigma]]).double(),
+                                torch.tensor([[0.5], [-0.4]]).double(), 0.14)
+        assert mean.item() == pytest.approx(truth, abs=1e-6)
+
+
+def test_posterior_of_rows_is_the_full_sum():
+    rows, sigma = normal(7, 3), torch.tensor([[0.3], [2.0]]).double()
+    x = normal(2, 3, seed=1)
+    w = torch.softmax(-((x[:, None] - rows) ** 2).sum(2) / (2 * sigma ** 2), 1)
+    y = 1 / (7 * w)
+    f = torch.where(y < 1.5, (1 / y - 1) ** 2, 8 * y / 27 - 1 / 3)
+    mean, divergence = stf.posterior(x, sigma, rows)
+    assert torch.allclose(mean, w @ rows) and torch.allclose(divergence, (w * f).sum(1))
+
+
+def test_divergence_is_0_where_x_tells_nothing_and_about_n_squared_where_it_tells_the_row():
+    rows = normal(9, 3)
+    for sigma, truth in ((1e6, 0), (1e-3, 8 ** 2 + 8 * 8 / 27 / 9)):
+        _, divergence = stf.posterior(rows, torch.full((9, 1), sigma).double(), rows)
+        assert torch.allclose(divergence, torch.full((9,), truth).double(), atol=1e-9)
+
+
+def test_divergence_over_a_law_is_infinite_up_to_sqrt_3_deviations():
+    """E (p(x|x0)/p(x))^2 = 1/((1 - q) sqrt(1 - 4q)) per coordinate, q = s^2/(s^2 + sigma^2)."""
+    def moment(sigma, reach):
+        x, step = grid(reach, 1201)
+        x0 = x.T
+        joint = density(x0, 0.0, 1.0) * density(x, x0, sigma ** 2)                # s = 1
+        ratio = density(x, x0, sigma ** 2) / density(x, 0.0, 1 + sigma ** 2)
+        return (joint * ratio ** 2).sum().item() * step ** 2
+    for sigma in (1.9, 3.0):
+        q = 1 / (1 + sigma ** 2)
+        assert moment(sigma, 30) == pytest.approx(1 / ((1 - q) * (1 - 4 * q) ** 0.5), rel=1e-3)
+    assert 2 * moment(1.6, 10) < moment(1.6, 20) < moment(1.6, 30) / 2            # no end
+
+
+# ---- Variance of the targets ---------------------------------------------------------------------
+
+def test_one_reference_is_dsm_on_one_gaussian():
+    """Tr Cov(x0 | x) = d s^2 sigma^2/(s^2 + sigma^2)   (STF section 3)."""
+    s, x0 = 0.7, 0.7 * normal(1500, 3)
+    levels = torch.tensor([0.05, 0.5, 3.0], dtype=torch.float64)
+
+    def exact(x, sigma):
+        return s ** 2 / (s ** 2 + sigma ** 2) * x, sigma[:, 0]
+    V, _ = stf.target_variance(x0, normal(1500, 3, seed=1), levels, [1], x0, exact,
+                               torch.Generator())
+    assert close(V[:, 0], 3 * s ** 2 * levels ** 2 / (s ** 2 + levels ** 2))
+
+
+def test_stf_on_two_points_by_enumeration():
+    """{0, 1}, n = 2: V of DSM, V of STF and D, summed over every case and integrated over x."""
+    rows, sigma = torch.tensor([[0.0], [1.0]]).double(), 0.6
+    x, step = grid(8.0)
+    r = torch.sigmoid((x - 0.5) / sigma ** 2)                                     # p(1 | x)
+    p = (density(x, 0.0, sigma ** 2) + density(x, 1.0, sigma ** 2)) / 2
+    # both references 0: (1-r)/2, target 0; both 1: r/2, target 1; one of each: 1/2, target r
+    truth = (p * ((1 - r) / 2 * r ** 2 + r / 2 * (1 - r) ** 2)).sum().item() * step
+    exact = partial(stf.posterior, rows=rows)
+    V, D = stf.target_variance(rows.repeat(1000, 1), normal(2000, 1), torch.tensor([0.6]).double(),
+                               [1, 2], rows, exact, torch.Generator())
+    assert close(V[:, 1, 0], truth) and close(V[:, 0, 0], 2 * truth)
+
+    def f(y):
+        return torch.where(y < 1.5, (1 / y - 1) ** 2, 8 * y / 27 - 1 / 3)
+    assert close(D[:, 0], (p * (r * f(0.5 / r) + (1 - r) * f(0.5 / (1 - r)))).sum().item() * step)
+
+
+def test_at_high_noise_n_references_divide_the_variance_by_n():
+    """Where p(x0 | x) is p0 the target is a mean of n draws: V -> Tr Cov(p0)/n, D -> V/sigma^2."""
+    rows = normal(500, 2)
+    V, D = stf.target_variance(
+        rows.repeat(2, 1), normal(1000, 2, seed=1), torch.tensor([1e4]).double(), [1, 4, 16], rows,
+        partial(stf.posterior, rows=rows), torch.Generator())
+    total = rows.var(0, correction=0).sum()
+    assert close(V[:, :, 0], total / torch.tensor([1, 4, 16])) and close(D[:, 0] * 1e8, total)
+
+
+# ---- Bias ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_the_bias_on_two_points_is_0_with_the_source_and_that_of_the_enumeration_without(
+        with_source):
+    """{0, 1}, n = 2: the mean target is r = p(1 | x) with the source, 1/4 + r/2 without."""
+    rows, sigma = torch.tensor([[0.0], [1.0]]).double(), torch.tensor(0.8).double()
+    x = torch.tensor([[-0.6], [0.4], [1.5]]).double().repeat(2000, 1)
+    r = torch.sigmoid((x - 0.5) / sigma ** 2)
+    square, V = stf.target_bias(x, sigma, rows, 2, 6, with_source, torch.Generator())
+    truth = 0 if with_source else ((0.25 - r / 2) ** 2).mean().item()
+    assert square == pytest.approx(truth, abs=0.003)      # without the source it is .024
+    assert V == pytest.approx((r * (1 - r)).mean().item())
+
+
+# ---- Effective sample size -----------------------------------------------------------------------
+
+def test_effective_size_goes_from_1_to_n_and_is_the_sum_over_weights():
+    reference, noise = normal(40, 6), normal(10, 6, seed=1)
+    levels = torch.tensor([1e-3, 1.0, 1e5], dtype=torch.float64)
+    size = stf.effective_size(reference[:10], noise, levels, reference)
+    assert size[[0, 2]].tolist() == pytest.approx([1, 40], rel=1e-6)
+    w = torch.softmax(-torch.cdist(reference[:10] + noise, reference) ** 2 / 2, 1)
+    assert size[1].item() == pytest.approx((1 / (w ** 2).sum(1)).mean().item())
+
+
+def test_log_density_is_each_schedules_own():
+    levels = torch.logspace(-2, 1.9, 40, dtype=torch.float64)
+    z = (levels.log() + 1.2) / 1.2
+    edm = torch.exp(-z ** 2 / 2) / (1.2 * (2 * math.pi) ** 0.5)
+    assert np.allclose(stf.log_density(EDM(), levels), edm, atol=1e-3)
+    ve = np.where(levels > 0.02, 1 / math.log(5000), 0)
+    assert np.allclose(stf.log_density(VE(), levels), ve, rtol=1e-6)
+    fine = torch.logspace(-5, 3, 4001, dtype=torch.float64)
+    for name in ("edm", "ve", "vp"):
+        mass = stf.log_density(SCHEDULES[name](), fine).sum() * math.log(10) * 8 / 4000
+        assert mass == pytest.approx(1, abs=0.005)
+
+
+def test_share_above_is_the_tail_of_the_draw():
+    """EDM draws sigma > 4 in 1.6 % of samples, VE in 38 %."""
+    levels = torch.tensor([1e-3, 4.0, 1e3], dtype=torch.float64)
+    size = torch.tensor([1.0, 2.0, 3.0])
+    tail = 0.5 * math.erfc((math.log(4) + 1.2) / 1.2 / 2 ** 0.5)
+    assert stf.share_above(2, size, levels, EDM()) == pytest.approx(tail, abs=2e-5)
+    truth = math.log(25) / math.log(5000)
+    assert stf.share_above(2, size, levels, VE()) == pytest.approx(truth, abs=2e-5)
+    assert round(tail, 3) == 0.016 and round(truth, 2) == 0.38
+    middle = math.log(100 / (4 * 1e3) ** 0.5) / math.log(5000)             # linear in ln sigma
+    assert stf.share_above(2.5, size, levels, VE()) == pytest.approx(middle, abs=2e-5)
+    assert stf.share_above(2, torch.ones(3), levels, EDM()) == 0
+
+
+# ---- The commands --------------------------------------------------------------------------------
+
+def command(tmp_path, name, *argv):
+    """The rows of a command's CSV, as dicts."""
+    assert plot.main("stf", stf.COMMANDS, [*map(str, argv), "--out", str(tmp_path)]) == 0
+    with open(tmp_path / f"stf-{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_variance_of_the_two_gaussians_law(tmp_path):
+    """At sigma -> 0 Tr Cov(x0 | x) = 64/(1/.14^2 + 1/sigma^2), and STF changes nothing; 60 rows in
+    64 dimensions would give 0."""
+    rows = command(tmp_path, "variance-two-gaussians-64d", "variance", "--data",
+                   "two-gaussians-64d", "--num", 60, "--n", 4, 16, "--levels", 1000, 0.05, 0.3, 7)
+    low, _, _, high = rows
+    assert float(low["V_DSM"]) == pytest.approx(64 / (1 / 0.14 ** 2 + 1 / 0.05 ** 2), rel=0.1)
+    assert float(low["n = 16"]) == pytest.approx(1, abs=1e-6)
+    assert float(high["n = 16"]) == pytest.approx(1 / 16, rel=0.5)
+    assert [row["phase"] for row in rows] == ["1", "1", "2", "3"]
+    for row in rows:
+        first, ratio = float(row["1/(n - 1)"]), float(row["2nd/1st"])
+        assert first == pytest.approx(1 / 15) and float(row["n = 16"]) < float(row["bound"])
+        assert float(row["bound"]) == pytest.approx(first * (1 + ratio), rel=1e-4)
+
+
+def test_variance_of_a_finite_set_vanishes_where_x_tells_the_row(tmp_path, folder):
+    rows = command(tmp_path, "variance-images.npz", "variance", "--data", "images.npz", "--n", 4, 8,
+                   "--levels", 0.01, 1000)
+    assert float(rows[0]["V_DSM"]) < 1e-9 and rows[0]["n = 8"] == ""
+    assert [row["phase"] for row in rows] == ["1", "3"]
+
+
+def test_ess_bias(tmp_path, folder, capsys):
+    rows = command(tmp_path, "ess", "ess", "--data", "images.npz", "--n", 8, 500, "--num", 20,
+                   "--levels", 0.001, 1000)
+    assert list(rows[0]) == ["sigma", "n = 8", "n = 40", "EDM", "VE", "VP"]
+    assert float(rows[0]["n = 8"]) == 1 and float(rows[1]["n = 40"]) > 39.9
+    assert "averages more than two references" in capsys.readouterr().out
+    row, = command(tmp_path, "bias", "bias", "--n", 2, "--levels", 3, "--repeats", 400)
+    assert float(row["with 3"]) < 0.2 < float(row["without 3"])
+
+
+TINY = ["--data", "ring", "--steps", 4, "--batch", 16]
+
+
+def test_table(tmp_path, monkeypatch):
+    """NFE: PC 2 N, DDIM N, Heun 2 N - 1; the runs are kept and serve again."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["table", *TINY, "--seeds", 1, "--n", 16, "--rtol", 0.1, "--pc", 3, "--ddim", 3,
+            "--heun", 3, "--fid-num", 16]
+    rows = command(tmp_path, "table", *argv)
+    assert [(row["schedule"], row["sampler"]) for row in rows] == [
+        ("ve", "rk45"), ("ve", "pc"), ("vp", "rk45"), ("vp", "pc"), ("vp", "ddim"), ("edm", "heun")]
+    assert [row["calls, vp"] for row in rows[3:5]] == ["6", "3"] and rows[5]["calls, edm"] == "5"
+    assert all(float(row["STF"]) > float(row["floor"]) for row in rows)
+    monkeypatch.setattr("train.run", None)
+    assert command(tmp_path, "table", *argv) == rows
+
+
+def test_speed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = command(tmp_path, "speed", "speed", *TINY, "--seeds", 2, "--n", 16, "--eval-every", 2)
+    assert [(row["n"], row["step"]) for row in rows] == [("1", "2"), ("1", "4"), ("16", "2"),
+                                                         ("16", "4")]
+    assert [row["end"] == "" for row in rows] == [True, False, True, False]
+    assert float(rows[1]["seconds"]) == pytest.approx(2 * float(rows[0]["seconds"]), rel=1e-4)
+    assert all(float(row["error"]) == float(row["n=16"] or row["n=1"]) for row in rows)
+
+
+def test_the_held_out_error_is_the_averaged_weights_geometric_mean_over_levels(tmp_path):
+    lines = [dict(step=1, loss=0.5), dict(step=2, held_out=dict(raw=[1.0, 1.0], ema=[4.0, 9.0]))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert stf.held_out_errors(tmp_path) == {2: pytest.approx(6)}

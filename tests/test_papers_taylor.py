@@ -1,0 +1,290 @@
+"""papers/taylor.py: per-share gradients, and variances that are known in closed form."""
+
+import csv
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from losses import dsm_loss, stf_target, taylor_terms
+from networks import MLP, Denoiser
+from papers import plot, taylor
+from schedules import EDM
+
+edm = EDM()
+DATA = 0.5                                                           # edm.sigma_data
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal_pool(N=4000, d=1):
+    """Quantiles of N(0, DATA^2), with the variance of exactly that; in d coordinates, each in an
+    order of its own."""
+    z = torch.special.ndtri((torch.arange(N, dtype=torch.float64) + 0.5) / N)
+    z = DATA * z / z.square().mean().sqrt()
+    return torch.stack([z[torch.randperm(N, generator=generator(k))] for k in range(d)], 1)
+
+
+def no_labels(pool):
+    return torch.zeros(len(pool), dtype=torch.int64)
+
+
+class Raw(nn.Module):
+    """F(u) = c + w u: one number to be learned, the other fixed."""
+
+    def __init__(self, learn, c=0.0, w=0.0):
+        super().__init__()
+        self.c, self.w = torch.tensor([[c], [w]], dtype=torch.float64)
+        setattr(self, learn, nn.Parameter(getattr(self, learn)))
+
+    def forward(self, u, c_noise, labels=None, augment_labels=None):
+        return self.c + self.w * u
+
+
+def raw(*args, **given):
+    return Denoiser(Raw(*args, **given), edm.precondition)
+
+
+def mlp(classes=0):
+    torch.manual_seed(0)
+    net = MLP(2, 16, 2, classes)
+    net.out.reset_parameters()
+    return Denoiser(net, edm.precondition).double()
+
+
+def measure(net, sigma, pool, num, seed=1, **given):
+    """{kind: {name: (left, beta)}} of a network on the pool."""
+    return taylor.variances(net, pool, no_labels(pool), edm.weight, sigma, num, generator(seed),
+                            **given)[0]
+
+
+# ---- Gradients of shares -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_share_gradients_are_those_of_each_share_alone(m):
+    """With classes; order 1, which has a derivative inside and two copies of the batch; and a
+    parameter that nothing uses."""
+    net, pool = mlp(classes=3), normal_pool(60, d=2)
+    net.unused = nn.Parameter(torch.zeros(2).double())
+    shares = next(taylor.draw_shares(net, pool, torch.arange(60) % 3, 4, m, m, generator()))
+    s = torch.rand(4 * m, 1, generator=generator(1)).double() + 0.1
+
+    def control(D, x0, noise, s):
+        return taylor_terms(D, x0, noise, s, edm.weight, lambda s: 1 / (1 + s), order=1)[1]
+
+    own, theta = taylor.own_parameters(net, shares)
+    got, = taylor.share_gradients([control(own, shares.x0, shares.noise, s)], theta)
+    for i, row in enumerate(got):
+        mine = slice(i, None, 4)
+        D = partial(net, labels=shares.labels[:, i])
+        mean = control(D, shares.x0[mine], shares.noise[mine], s[mine]).mean()
+        g = torch.autograd.grad(mean, list(net.parameters()), materialize_grads=True)
+        torch.testing.assert_close(row, torch.cat([a.flatten() for a in g]), rtol=1e-9, atol=1e-12)
+
+
+def test_each_share_has_references_of_its_own_its_samples_first_and_of_their_class():
+    pool, labels = normal_pool(60, d=2), torch.arange(60) % 3
+    shares = next(taylor.draw_shares(mlp(classes=3), pool, labels, 5, 2, 20, generator()))
+    assert shares.reference.shape == (20, 5, 2) and shares.x0.shape == (10, 2)
+    assert torch.equal(shares.reference[:2].flatten(0, 1), shares.x0)
+    x, s = shares.x0 + 0.5 * shares.noise, torch.full((10, 1), 0.5).double()
+    got = taylor.own_target(shares, 12, x, s)
+    for row in range(10):
+        share, label = row % 5, shares.labels.flatten()[row]
+        y = shares.reference[:12, share][shares.reference_labels[:12, share] == label]
+        torch.testing.assert_close(got[row:row + 1], stf_target(x[row:row + 1], s[:1], y),
+                                   rtol=1e-9, atol=1e-12)
+
+
+def surprise(g):
+    """n |mean|^2 / tr Cov: about 1 if the mean is zero, with the tail of Exp(1)."""
+    return len(g) * (g.mean(0) ** 2).sum().item() / g.var(0).sum().item()
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_all_losses_have_the_gradient_of_dsm_on_average_and_controls_have_none(m):
+    net, pool, rows = mlp(), normal_pool(d=2), []
+    for shares in taylor.draw_shares(net, pool, no_labels(pool), 800, m, 8, generator(2)):
+        D, theta = taylor.own_parameters(net, shares)
+        s = torch.full((len(shares.x0), 1), 0.5).double()
+        losses, controls = taylor.estimates(D, shares, s, edm.weight,
+                                            lambda s: edm.precondition(s)[0], (0, 1, 2), (4, 8))
+        rows.append(taylor.share_gradients([*losses.values(), *controls.values()], theta))
+    dsm, *others = torch.cat(rows, 1)
+    for name, g in zip([*losses, *controls][1:], others):
+        assert surprise(g - dsm if name in losses else g) < 7, name
+
+
+# ---- Closed forms --------------------------------------------------------------------------------
+
+def test_constant_network():
+    """F = c: the gradient 2 (c - a x0 + b noise) is linear in the noise, and so is the loss less
+    what no parameter moves, c^2 - 2 c t.  Antithetic pairs and a control of any order take all of
+    that, with beta = 1, and leave a^2 Var x0 = sigma^2/(sigma^2 + sigma_data^2) of 1."""
+    for sigma in (0.05, 0.5, 3.0):
+        found = measure(raw("c", c=0.7), sigma, normal_pool(), 6000, orders=[0, 1])
+        left = pytest.approx(sigma ** 2 / (sigma ** 2 + DATA ** 2), rel=0.08)
+        error = ((sigma ** 2 + DATA ** 2) / DATA ** 2 / 6000) ** 0.5
+        for kind in ("gradient", "objective"):
+            assert found[kind]["DSM"] == (1.0, 0.0) and found[kind]["antithetic"] == (left, 0.0)
+            for name in ("order 0", "order 1"):
+                assert found[kind][name] == (left, pytest.approx(1, abs=4 * error))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4])
+def test_linear_network(sigma):
+    """F = w u: gradients are 2 p q, quadratic in (x0, noise), so Gaussian moments give it all.
+
+    p = u = c_in (x0 + sigma noise), q = w u - t; control of order 0: 2 b c_in x0 noise, of
+    order 1: 2 b c_in (x0 noise + sigma (noise^2 - 1)).
+    """
+    w, V = 0.6, torch.tensor([DATA ** 2, 1.0]).double()              # variances of x0, noise
+    c_skip, c_out, c_in, _ = edm.precondition(torch.tensor(sigma))
+    a, b = (1 - c_skip) / c_out, c_skip * sigma / c_out
+    p = c_in * torch.tensor([1.0, sigma]).double()
+    q = w * p - torch.stack([a, -b])
+
+    def cov(A, B):                                                   # of quadratic forms: Isserlis
+        return 2 * (A * B * V[:, None] * V).sum()
+
+    dsm = (p[:, None] * q + q[:, None] * p) / 2
+    zeroth = b * c_in * torch.tensor([[0, 1.0], [1, 0]]).double() / 2
+    first = zeroth + b * c_in * sigma * torch.diag(torch.tensor([0, 1.0]).double())
+    found = measure(raw("w", w=w), sigma, normal_pool(), 20_000, orders=[0, 1])["gradient"]
+    for name, control in (("order 0", zeroth), ("order 1", first)):
+        beta = cov(dsm, control) / cov(control, control)
+        left = 1 - beta * cov(dsm, control) / cov(dsm, dsm)
+        assert found[name] == (pytest.approx(left.item(), abs=0.03),
+                               pytest.approx(beta.item(), abs=0.05))
+    even = dsm * torch.eye(2)                                        # what a pair does not cancel
+    left = (cov(even, even) / cov(dsm, dsm)).item()
+    assert found["antithetic"][0] == pytest.approx(left, abs=0.03)
+
+
+def test_stf_with_one_reference_is_dsm_and_with_many_the_posterior_mean():
+    """Of Gaussian data that is c_skip x, so F* = 0 and the gradient of F = c has no variance."""
+    found = measure(raw("c", c=0.7), 0.5, normal_pool(), 300, sizes=[1, 300])
+    for kind in ("gradient", "objective"):
+        assert found[kind]["STF 1"][0] == pytest.approx(1, rel=1e-9)
+        assert found[kind]["STF 300"][0] < 0.02
+
+
+@pytest.mark.parametrize("m, left", [(1, 1 / 32), (16, 1 / 2)])
+def test_the_variance_of_a_mini_batch_that_shares_n_references_falls_by_m_over_n_only(m, left):
+    """At large sigma STF's target is the mean of its n = 32 references, of which DSM's are m."""
+    found = measure(raw("c", c=0.7), 100.0, normal_pool(), 1500, m=m, sizes=[32])["gradient"]
+    assert found["STF 32"][0] == pytest.approx(left, rel=0.15)
+
+
+def test_the_trace_of_the_covariance_is_the_sum_over_parameters():
+    """Those that a scale of 0 or 1 leaves, and the others."""
+    net, pool = mlp(), normal_pool(d=2)
+    some = (torch.arange(sum(p.numel() for p in net.parameters())) % 3 == 0).double()
+    whole, one, other = (taylor.variances(net, pool, no_labels(pool), edm.weight, 0.3, 60,
+                                          generator(), scale=scale)[1]
+                         for scale in (1.0, some, 1 - some))
+    assert one + other == pytest.approx(whole) and 0 < one < whole
+
+
+def test_the_average_over_edms_noise_of_a_constant_network():
+    """DSM's gradient has the same variance at each level: so the mean of what each leaves."""
+    pool, u = normal_pool(), (torch.arange(6) + 0.5) / 6
+    found = taylor.average_left(raw("c", c=0.7), pool, no_labels(pool), 2000, generator())
+    s = edm.training_sigma(u.double())
+    truth = (s ** 2 / (s ** 2 + DATA ** 2)).mean().item()
+    assert found == {name: pytest.approx(truth, rel=0.08) for name in ("antithetic", "order 0",
+                                                                       "order 1")}
+
+
+# ---- The ring ------------------------------------------------------------------------------------
+
+def test_ring_mean_is_the_posterior_mean_of_the_built_in_ring():
+    """By the orthogonality that marks it: E <x0 - mean, h(x)> = 0."""
+    x0 = taylor.points(train.Options(seed=0))[0].double()
+    for sigma in (0.03, 0.3, 3.0):
+        x = x0 + sigma * torch.randn(x0.shape, generator=generator(1), dtype=torch.float64)
+        error = x0 - taylor.ring_mean(x, torch.full((len(x), 1), sigma).double())
+        for h in (x, (8 * x).sin(), x ** 3):
+            samples = (error * h).sum(1)
+            assert samples.mean().abs() < 4 * samples.std() / len(samples) ** 0.5
+
+
+def test_the_relative_error_is_1_of_a_fresh_network_and_0_of_the_posterior_mean():
+    pool = taylor.points(train.Options(seed=0))[0][:500]
+    assert taylor.relative_error(taylor.mlp(0), pool, 0.1) == 1
+    assert taylor.relative_error(taylor.ring_mean, pool, 0.1) == 0
+
+
+def test_at_one_small_level_the_control_learns_and_plain_dsm_does_not():
+    """TCV fig. 1: after 500 steps, of which DSM's are lost in noise."""
+    pool = taylor.points(train.Options(seed=0))[0]
+    dsm, order_0 = (taylor.errors_of(method, pool, 0.01, 500, [500], seed=0)[0]
+                    for method in ("DSM", "order 0"))
+    assert dsm > 0.95 and order_0 < 0.85
+
+
+def test_every_method_has_the_gradient_of_dsm_on_average():
+    """Of F = w u; batches of 64 at sigma .03, where a few references count, the source most."""
+    pool = taylor.points(train.Options(seed=0))[0].double()
+    net, means = raw("w", c=0.7), {}
+    for method in taylor.METHODS:
+        g, values = generator(3), []
+        for _ in range(150):
+            loss = taylor.loss_by(method, net, pool, 64, 0.03, g)
+            values.append(torch.autograd.grad(loss, net.model.w)[0])
+        means[method] = torch.stack(values)
+    truth = means["exact target"].mean()
+    for method, values in means.items():
+        assert (values.mean() - truth).abs() < 4 * values.std() / 150 ** 0.5 + 1e-3, method
+
+
+# ---- The commands --------------------------------------------------------------------------------
+
+def command(tmp_path, name, *argv):
+    """The rows of a command's CSV, as dicts."""
+    assert plot.main("taylor", taylor.COMMANDS, [*argv, "--out", str(tmp_path)]) == 0
+    with open(tmp_path / f"taylor-{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_gradvar_of_an_mlp(tmp_path):
+    rows = command(tmp_path, "gradvar", "gradvar", "--num", "20", "--n", "4", "8", "--batch", "2",
+                   "--levels", "1", "0.01", "--training", "2")
+    assert [float(row["sigma"]) for row in rows] == [0.01, 1.0]
+    for row in rows:
+        assert 0 <= float(row["order 0"]) <= 1 and float(row["STF 8, shared"]) > 0
+        assert math.isfinite(float(row["beta, order 2"]))
+    assert float(rows[0]["order 0"]) < 0.1 < float(rows[1]["order 0"])
+
+
+def test_gradvar_of_a_class_conditional_run_of_images(tmp_path, monkeypatch):
+    """Mini-batches; order 1 with a probe, through attention."""
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez("noise.npz", images=x, labels=np.arange(40) % 2)
+    run = train.run(train.Options(data="noise.npz", cond=True, width=8, mult=(1, 1), blocks=1,
+                                  batch=8, steps=1, warmup=0, eval_every=0, out="run"), brief=True)
+    row, = command(tmp_path, "gradvar-run", "gradvar", run, "--num", "6", "--levels", "0.1", "--n",
+                   "4", "--batch", "2", "--orders", "1")
+    assert 0 <= float(row["order 1"]) < 1 and float(row["STF 4"]) > 0
+
+
+def test_converge_optimizers_and_grid(tmp_path):
+    rows = command(tmp_path, "converge", "converge", "--training", "2", "--levels", ".1", ".3")
+    assert [row["step, 0.3"] for row in rows] == ["", "", "1", "2"]
+    assert all(float(row["order 1"]) == pytest.approx(1, abs=0.01) for row in rows)
+    rows = command(tmp_path, "optimizers", "optimizers", "--training", "2", "--num", "5")
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert 0 < float(rows[1]["SGD order 0"]) < 1 and 0 < float(rows[1]["Adam's step order 1"]) < 1
+    rows = command(tmp_path, "grid", "grid", "--training", "1", "--num", "5", "--width", "4",
+                   "--depth", "1", "2")
+    assert [row["activation"] for row in rows] == ["silu"] * 2 + ["tanh"] * 2 + ["relu"] * 2
+    first, second = 4 * (2 + 4) + 4 + (2 * 4 + 2), 4 * 4 + 4          # of layers and output; more
+    assert [row["parameters, tanh"] for row in rows[2:4]] == [str(first), str(first + second)]
+    assert rows[3]["1 hidden, order 0"] == "" and 0 < float(rows[3]["2 hidden, order 0"]) < 1
