@@ -566,7 +566,7 @@ def run(options, folder=None, brief=False):
     rank, world = ranks()
     again = folder is not None
     agree(partial(check, options))
-    data = load_in_turn(options)
+    data = in_turn(partial(evaluate.load_data, options.data, options.size, options.data_dir))
     if again and data.fingerprint != options.fingerprint:
         raise BadInput(f"--resume {folder}: the run was trained on other data than {data.source}; "
                        "give it back what it had, or start a new run")
@@ -592,7 +592,8 @@ def run(options, folder=None, brief=False):
     first, skipped, best = agree(partial(load_state, options, folder, denoiser, emas, optimizer,
                                          scaler, beta))
     if options.fid_every:
-        features = evaluate.extractor(options.fid_features, options.shape, options.data_dir, device)
+        features = in_turn(partial(evaluate.extractor, options.fid_features, options.shape,
+                                   options.data_dir, device))
         name = evaluate.distance_name(features[0], options.fid_num)
         real = evaluate.real_statistics(data, options.fid_num, features)
     folder = folder or from_first(partial(new_folder, options, data))
@@ -722,15 +723,6 @@ def load_optimizer(optimizer, scaler, state):
     for p, own in optimizer.state.items():       # its kernels would read beyond a small tensor
         if any(value.ndim and value.shape != p.shape for value in own.values()):
             raise ValueError("it is of another network")
-
-
-def load_in_turn(options):
-    """The data.  The first rank of each machine downloads and decodes it, then the others read."""
-    data, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
-    load = partial(evaluate.load_data, options.data, options.size, options.data_dir)
-    for turn in (True, False):
-        data = agree(load if first == turn else lambda: data)
-    return data
 
 
 def on_device(data, device):
@@ -926,7 +918,7 @@ def describe(options, data, denoiser, folder, first):
           f"run       {folder}" + (f", from step {first}" if first else ""), flush=True)
     copies = dict(antithetic=2, sa=options.K, taylor=2).get(options.loss, 1)
     at_once = min(options.micro_batch or options.batch, math.ceil(options.batch / world))
-    gib = copies * at_once * activation_bytes(denoiser, options) / 2 ** 30
+    gib = copies * at_once * activation_bytes(options) / 2 ** 30
     print(f"memory    about {gib:.1f} GiB for the activations of {at_once} samples at a time "
           "(--micro-batch)")
     rows = torch.linspace(0, len(data.x) - 1, min(len(data.x), 4096)).long()
@@ -941,13 +933,14 @@ def describe(options, data, denoiser, folder, first):
               f"{options.ema_rampup * images:g}")
 
 
-def activation_bytes(denoiser, options):
+def activation_bytes(options):
     """Bytes that a forward pass keeps for the backward pass, for one sample: an estimate.
 
-    A copy of the network without data ("meta") counts the tensors that autograd saves.
+    Such a network without data (on torch's device "meta") tells which tensors autograd saves.
     """
-    network, sizes = copy.deepcopy(denoiser).to("meta").train(), {}
-    network.amp, own = None, {p.untyped_storage()._cdata for p in network.parameters()}
+    with torch.device("meta"):
+        network = evaluate.build_denoiser(options)
+    own, sizes = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
     def pack(x):
         sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
@@ -1019,6 +1012,14 @@ def agree(call):
         if rank == errors.index(next(filter(None, errors))):
             print(error, file=sys.stderr)
         sys.exit(2)
+    return result
+
+
+def in_turn(load):
+    """load() on every rank: the first of each machine downloads and decodes, then the others."""
+    result, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        result = agree(load if first == turn else lambda: result)
     return result
 
 
@@ -1117,4 +1118,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as end:
+        status = end.code
+    if "RANK" in os.environ:        # DDP leaves gloo's threads, which abort if Python ends first
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

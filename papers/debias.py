@@ -20,10 +20,9 @@ from functools import partial
 import torch
 
 import evaluate
-import train
 from evaluate import BadInput, Progress, load_run, run_data
 from losses import WEIGHTS, stf_target
-from papers.plot import main, mean_and_sd, show, trained
+from papers.plot import distances, main, mean_and_sd, show, trained
 from schedules import DDPM
 
 LEVELS = DDPM().levels                                       # sigma of t = 1 ... 1000
@@ -69,28 +68,7 @@ def weights(args):
 
 def base(args):
     """The options that all runs here share, but for those that the user gives."""
-    return dict(loss="dsm", schedule="ddpm", eval_every=0, fid_num=128, keep=8) | args.options
-
-
-def distances(args, variants, draws):
-    """How far samples of runs are from the data: {case: {name: a distance for each seed}}.
-
-    variants: {name: options of a run}.  draws(folder): for each case, whose weights draw the
-    samples of that run, and how.  Also returns the floor, which is what as many real images get,
-    and the options of a run.
-    """
-    found, real = {}, None
-    pairs = list(itertools.product(variants, range(args.seed, args.seed + args.seeds)))
-    told = Progress("runs", len(pairs))
-    for i, (name, seed) in enumerate(pairs):
-        folder = trained(base(args), **variants[name], seed=seed)
-        for case, path, how in draws(folder):
-            network, options = load_run(path, args.options.get("device"))
-            real = real or train.real_statistics(options, run_data(options))
-            distance = evaluate.run_distance(network, options, *real, **how)
-            found.setdefault(case, {}).setdefault(name, []).append(distance)
-        told(i + 1)
-    return found, real[2]["floor"], options
+    return dict(loss="dsm", schedule="ddpm", eval_every=0, keep=8) | args.options
 
 
 def table(args):
@@ -110,14 +88,15 @@ def table(args):
             step = evaluate.load_checkpoint(path)["step"]
             yield (None, step), path, dict(sampler=args.sampler, steps=args.early)
 
-    variants = {name: dict(weight=name) for name in args.weights}
-    found, floor, options = distances(args, variants, draws)
+    variants = {name: base(args) | dict(weight=name) for name in args.weights}
+    found, judge = distances(args, variants, draws)
+    options, floor = judge.options, judge.floor
     rows = [[*case, *(x for name in args.weights for x in mean_and_sd(values[name]))]
             for case, values in found.items()]
     spread = {name: f"sd {name}" for name in args.weights}
     columns = ["T", "step", *itertools.chain(*spread.items())]
     shared = dict(y=args.weights, spread=spread, marker="o", floor=floor,
-                  ylabel=f"Frechet distance, {options.fid_num} samples")
+                  ylabel=judge.name)
     panels = [dict(shared, x="T", xlabel="sampling steps T", legend=False),
               dict(shared, x="step", xlabel=f"training steps, at T = {args.early}",
                    xscale="linear")]
@@ -155,8 +134,9 @@ def targets(args):
     variants = {}
     for target, weight in itertools.product(args.targets, args.weights):
         own = {} if target == "eps" else dict(precondition=target)   # eps: the schedule's, as above
-        variants[target, weight] = dict(own, weight=weight)
-    found, floor, options = distances(args, variants, draws)
+        variants[target, weight] = base(args) | dict(own, weight=weight)
+    found, judge = distances(args, variants, draws)
+    options, floor = judge.options, judge.floor
     columns, rows, panels = ["weight"], [[weight] for weight in args.weights], []
     for T, values in found.items():
         names = {f"{target}, T = {T}": target for target in args.targets}
@@ -166,7 +146,7 @@ def targets(args):
             row += [x for target in args.targets for x in mean_and_sd(values[target, row[0]])]
         panels.append(dict(y=names, spread=spread, marker="o", floor=floor, xscale="linear",
                            xlabel="weight of the loss", title=f"T = {T} sampling steps",
-                           ylabel=f"Frechet distance, {options.fid_num} samples"))
+                           ylabel=judge.name))
     show(args, columns, rows, panels, f"What the network predicts, by weight of the loss: "
          f"{options.data}, {options.steps} training steps, floor {floor:.4g}")
 

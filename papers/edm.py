@@ -27,7 +27,7 @@ from schedules import EDM, SCHEDULES, VE, VP
 
 def shared_run(args, seed):
     """The run of this seed that the commands share, with what the user gave in args.options."""
-    return plot.trained(dict(data="digits") | args.options, seed=seed)
+    return plot.trained(args.options, seed=seed)
 
 
 def open_run(args, run):
@@ -36,32 +36,10 @@ def open_run(args, run):
     return denoiser.requires_grad_(False), options
 
 
-class Judge:
-    """A run's denoiser, and the distance of its samples to its data."""
-
-    def __init__(self, args, run):
-        self.denoiser, self.options = open_run(args, run)
-        self.num = args.options.get("fid_num", 128)
-        self.features = evaluate.extractor(self.options.fid_features, self.options.shape,
-                                           data_dir=self.options.data_dir,
-                                           device=self.options.device)
-        self.real = evaluate.real_statistics(evaluate.run_data(self.options), self.num,
-                                             self.features)
-        self.floor = self.real["floor"]
-        self.name = evaluate.distance_name(self.features[0], self.num)
-
-    def __call__(self, sampler, steps, **how):
-        """The distance, and the number of function evaluations (NFE): calls of D for a sample."""
-        counted = evaluate.Counted(self.denoiser)
-        distance = evaluate.run_distance(counted, self.options, self.num, self.features, self.real,
-                                         sampler=sampler, steps=steps, **how)
-        return distance, counted.rows / self.num
-
-
 def judges_of(args):
-    """A Judge of each RUN, or of the shared runs of two seeds."""
+    """A plot.Judge of each RUN, or of the shared runs of two seeds."""
     runs = args.runs or [shared_run(args, seed) for seed in (args.seed, args.seed + 1)]
-    return [Judge(args, run) for run in runs]
+    return [plot.Judge(args, run) for run in runs]
 
 
 def over_runs(judges, methods):
@@ -254,7 +232,8 @@ def churn(args):
     [S_tmin, S_tmax], of standard deviation S_noise.  The settings are all; interval: S_noise is 1;
     S_noise: at all sigma; neither.  S_churn 0 is Heun's method, deterministic.  SDE: Euler-Maruyama
     with as many NFE.  The paper: with all on, noise helps at a large NFE and harms at a small one;
-    Euler-Maruyama is far behind.  sd: over runs.  8 minutes on one core, and the runs.
+    Euler-Maruyama is far behind.  sd: over runs, of all but SDE.  8 minutes on one core, and the
+    runs.
     """
     judges, rows, panels = judges_of(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)
@@ -264,9 +243,8 @@ def churn(args):
     labels = noisy | {"SDE": "Euler-Maruyama, equal NFE"}
     told = Progress("rows of the table", len(args.N) * (1 + len(args.S_churn)))
     for k, N in enumerate(args.N):
-        (plain, sde), sd, nfes = over_runs(judges, [
-            ("heun", N, dict(schedule=EDM())),
-            ("euler-maruyama", 2 * N - 1, dict(schedule=EDM()))])
+        (plain,), sd, nfes = over_runs(judges, [("heun", N, dict(schedule=EDM()))])
+        (sde,), _, _ = over_runs(judges, [("euler-maruyama", 2 * N - 1, dict(schedule=EDM()))])
         left, right = [None] * k, [None] * (len(args.N) - k - 1)
         rows.append([*left, 0.0, *right, *[plain] * 4, sde, sd])
         for S_churn in args.S_churn:
@@ -316,15 +294,16 @@ def configs(args):
         own = {key: value for key, value in options.items() if key not in args.options}
         distances = []
         for seed in (args.seed, args.seed + 1):
-            given = dict(data="digits", steps=400) | args.options
+            given = dict(steps=400) | args.options
             run = plot.trained(given, **own, seed=seed)
-            judge = Judge(args, run)
+            judge = plot.Judge(args, run)
             distances.append(judge("heun", 18, schedule=EDM())[0])
         rows.append([name, *plot.mean_and_sd(distances), *distances])
         told(len(rows))
     plot.show(args, ["config", "mean", "sd", "one seed", "another"], rows, [
-        dict(y=["mean"], spread=dict(mean="sd"), floor=judge.floor, xscale="linear", marker="o",
-             xlabel="each with all the changes before it", ylabel=judge.name)],
+        dict(y=dict(mean="mean of two seeds, and sd"), spread=dict(mean="sd"), floor=judge.floor,
+             xlabel="each with all the changes before it", ylabel=judge.name, xscale="linear",
+             marker="o")],
         f"EDM's changes to training: {judge.options.data}, {judge.options.steps} steps each, "
         f"real data at {judge.floor:.3g}", size=(9, 4.5))
 
@@ -433,7 +412,7 @@ def loss(args):
 COMMANDS = {
     "denoise": (denoise, dict(run=None, num=64, levels=[0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0,
                                                         20.0, 50.0])),
-    "solvers": (solvers, dict(runs=[], N=[6, 10, 18, 32], rtol=[0.1, 0.01, 0.001],
+    "solvers": (solvers, dict(runs=[], N=[6, 10, 18, 32], rtol=[0.1, 0.01, 0.0001],
                               other="vp")),
     "trajectories": (trajectories, dict(levels=[25.0, 1.0], N=[5, 10, 15, 30, 75, 150])),
     "churn": (churn, dict(runs=[], N=[8, 32], S_churn=[1.0, 3.0, 10.0], S_tmin=0.05, S_tmax=1.0,

@@ -8,9 +8,9 @@ Options that a command does not know go to train.py's runs: the same command wit
 a GPU makes the paper's own table.
 """
 
-import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +22,7 @@ import torch
 
 import evaluate
 import train
-from evaluate import BadInput, attempt
+from evaluate import BadInput, Progress, attempt
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -77,22 +77,65 @@ def add_argument(command, name, default):
 def trained(given, root="plots/runs", **own):
     """The folder of a run with these options, trained now, or kept from an earlier command.
 
-    given: a command's args.options, for all of its runs; own: those of this run, which win.
+    given: options for all runs of a command; own: those of this run, which win.
     """
-    options = given | own
+    options = dict(data="digits") | given | own
     key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:10]
     name = "-".join(str(options.get(n, "")) for n in ("data", "loss", "schedule", "weight", "seed"))
     folder = f"{root}/{name.replace('/', '_')}-{key}"
     wanted = train.Options(**options | dict(out=folder))
     if Path(folder, "done").is_file():
         return folder
-    print(f"training {', '.join(f'{k} {v}' for k, v in own.items())} in {folder}", flush=True)
+    print(f"training {folder}", flush=True)
     if Path(folder, "options.json").is_file():
         train.run(train.resumed(folder, {}), folder, brief=True)
     else:
         train.run(wanted, brief=True)
     Path(folder, "done").touch()
     return folder
+
+
+class Judge:
+    """A run's denoiser, and the distance of its samples to its data.
+
+    run: a folder, or one of its checkpoints.  like: a Judge of a run on the same data.
+    """
+
+    def __init__(self, args, run, like=None):
+        self.denoiser, self.options = evaluate.load_run(run, args.options.get("device"))
+        self.denoiser.requires_grad_(False)
+        options, self.num = self.options, args.options.get("fid_num", 128)
+        self.features = like.features if like else evaluate.extractor(
+            options.fid_features, options.shape, options.data_dir, options.device)
+        self.real = like.real if like else evaluate.real_statistics(
+            evaluate.run_data(options), self.num, self.features)
+        self.floor = self.real["floor"]
+        self.name = evaluate.distance_name(self.features[0], self.num)
+
+    def __call__(self, sampler, steps, **how):
+        """The distance, and the number of function evaluations (NFE): calls of D for a sample."""
+        counted = evaluate.Counted(self.denoiser)
+        distance = evaluate.run_distance(counted, self.options, self.num, self.features, self.real,
+                                         sampler=sampler, steps=steps, **how)
+        return distance, counted.rows / self.num
+
+
+def distances(args, variants, draws):
+    """How far samples of runs are from the data: {case: {name: a distance for each seed}}.
+
+    variants: {name: options of its runs}, trained with args.seeds seeds.  draws(folder): for each
+    case, whose weights draw the samples of that run, and how.  Also returns the last Judge.
+    """
+    found, judge = {}, None
+    runs = list(itertools.product(variants, range(args.seed, args.seed + args.seeds)))
+    told = Progress("runs", len(runs))
+    for i, (name, seed) in enumerate(runs):
+        folder = trained(variants[name], seed=seed)
+        for case, path, how in draws(folder):
+            judge = Judge(args, path, judge)
+            found.setdefault(case, {}).setdefault(name, []).append(judge(**how)[0])
+        told(i + 1)
+    return found, judge
 
 
 # ---- Table, CSV, picture -------------------------------------------------------------------------
@@ -146,12 +189,15 @@ def draw(path, columns, rows, panels, title, size=(4.8, 3.8)):
 def axes(ax, cells, first, panel):
     """One set of axes.  panel: y {column: label} or a list of columns, xlabel, ylabel; where wanted
     x (a column; else the first), title, xscale, yscale ("log"), xlim, ylim, spread {column: column
-    of standard deviations}, floor (a number: what real data get), legend (True), marker."""
+    of standard deviations}, floor (a number: what real data get), legend (True), marker, where (a
+    column and the value that it has in the rows of this panel)."""
     x, names = panel.get("x", first), panel["y"]
+    column, value = panel.get("where", (x, None))
+    rows = {j for j, cell in enumerate(cells[column]) if value in (None, cell)}
     labels = names if isinstance(names, dict) else {name: name for name in names}
     for i, (name, label) in enumerate(labels.items()):
         points = [(a, b, j) for j, (a, b) in enumerate(zip(cells[x], cells[name]))
-                  if a not in (None, "") and b is not None]
+                  if j in rows and a is not None and b is not None]
         place, value, index = zip(*points) if points else ((), (), ())
         style = dict(label=label, linestyle=["-", "--", "-.", ":"][i % 4],
                      linewidth=3 - 2 * i / len(labels), marker=panel.get("marker"))

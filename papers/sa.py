@@ -7,14 +7,14 @@ each noise level to the next, and the errors of all steps add up: at the end it 
 
     d = sum_i tau_i (eps_hat_i - eps_i)                                              (Theorem 1)
 
-DDPM's loss asks that each error be small.  SA-K also asks that those of K consecutive levels cancel:
+DDPM's loss asks that each error be small.  SA-K also asks that K consecutive ones cancel:
 
     L = |eps_hat_t - eps_t|^2 + lam |1/K sum_s tau_s (eps_hat_s - eps_s)|^2          (sec. 3.2)
 
-Published: tau = 1, an independent noise for each level, lam = 1, .3, .2 for K = 2, 3, 4.  Runs here
-have constant weights, DDPM's ladder and equal numbers of steps, as the paper's; a step of SA-K costs
-about K steps of plain score matching, dsm.  train.py's --tau, --level-noise and --windows (of which
-the paper's differ from those of the published code) apply to the runs of SA-K.
+Published: tau = 1, an independent noise for each level, lam = 1, .3, .2 for K = 2, 3, 4.  Runs
+here have constant weights, DDPM's ladder and equal numbers of steps, as the paper's; a step of SA-K
+costs about K steps of plain score matching, dsm.  train.py's --tau, --level-noise and --windows (of
+which the paper's differ from those of the published code) apply to the runs of SA-K.
 """
 
 import itertools
@@ -27,7 +27,7 @@ import evaluate
 import train
 from evaluate import BadInput, Progress, load_run, run_data
 from losses import sa_tau
-from papers.plot import main, mean_and_sd, show, trained
+from papers.plot import distances, main, mean_and_sd, show, trained
 from samplers import analytic_covariance, ddpm, seeded_noise
 from schedules import DDPM
 
@@ -41,33 +41,11 @@ LOSSES = {"dsm": dict(loss="dsm")} | {f"SA-{K}": dict(loss="sa", K=K, lam=lam)
 
 def given(args, loss):
     """The options of a run with this loss, but for the loss: the user's, where they apply."""
-    options = dict(schedule="ddpm", weight="constant", steps=400, eval_every=0, fid_num=128)
+    options = dict(schedule="ddpm", weight="constant", steps=400, eval_every=0)
     for name, value in args.options.items():
         if train.BELONGS.get(name) in (None, ("loss", loss)):
             options[name] = value
     return options
-
-
-def distances(args, variants, draws):
-    """How far samples of runs are from the data: {case: {name: a distance for each seed}}.
-
-    variants: {name: options of a run}.  draws(folder): for each case, whose weights draw the
-    samples of that run, and how.  Also returns the floor, which is what as many real images get,
-    and the options of a run.
-    """
-    found, real = {}, None
-    pairs = list(itertools.product(variants, range(args.seed, args.seed + args.seeds)))
-    told = Progress("runs", len(pairs))
-    for i, (name, seed) in enumerate(pairs):
-        own = variants[name]
-        folder = trained(given(args, own["loss"]), **own, seed=seed)
-        for case, path, how in draws(folder):
-            network, options = load_run(path, args.options.get("device"))
-            real = real or train.real_statistics(options, run_data(options))
-            distance = evaluate.run_distance(network, options, *real, **how)
-            found.setdefault(case, {}).setdefault(name, []).append(distance)
-        told(i + 1)
-    return found, real[2]["floor"], options
 
 
 def way(args, folder, name):
@@ -99,16 +77,16 @@ def table(args):
             for T in args.T:
                 yield (name, T), path, how | dict(steps=T)
 
-    found, floor, options = distances(args, LOSSES, draws)
+    variants = {name: given(args, own["loss"]) | own for name, own in LOSSES.items()}
+    found, judge = distances(args, variants, draws)
     rows = [[*case, *(x for name in LOSSES for x in mean_and_sd(values[name]))]
             for case, values in found.items()]
     spread = {name: f"sd {name}" for name in LOSSES}
     panels = [dict(x="T", y=list(LOSSES), where=("sampler", name), title=name, spread=spread,
-                   marker="o", floor=floor, xlabel="sampling steps T",
-                   ylabel=f"Frechet distance, {options.fid_num} samples")
+                   marker="o", floor=judge.floor, xlabel="sampling steps T", ylabel=judge.name)
               for name in args.samplers]
     show(args, ["sampler", "T", *itertools.chain(*spread.items())], rows, panels,
-         f"Sequence-aware losses, by sampler: {options.data}, floor {floor:.4g}")
+         f"Sequence-aware losses, by sampler: {judge.options.data}, floor {judge.floor:.4g}")
 
 
 def ablation(args):
@@ -122,20 +100,21 @@ def ablation(args):
         for T in args.T:
             yield T, folder, dict(sampler="ddpm", steps=T)
 
-    variants = {"dsm": LOSSES["dsm"]} | {
-        (K, lam): dict(loss="sa", K=K, lam=lam) for K in args.K for lam in args.lam}
-    found, floor, options = distances(args, variants, draws)
+    variants = {"dsm": given(args, "dsm") | LOSSES["dsm"]} | {
+        (K, lam): given(args, "sa") | dict(loss="sa", K=K, lam=lam)
+        for K in args.K for lam in args.lam}
+    found, judge = distances(args, variants, draws)
     spread = {name: f"sd {name}" for name in ("dsm", *(f"SA-{K}" for K in args.K))}
     rows = []
     for T, lam in itertools.product(args.T, args.lam):
         cells = [mean_and_sd(found[T][name]) for name in ("dsm", *((K, lam) for K in args.K))]
         rows.append([T, lam, *itertools.chain(*cells)])
     panels = [dict(x="lam", y=list(spread), where=("T", T), title=f"T = {T} sampling steps",
-                   spread=spread, marker="o", floor=floor, xlabel="lam",
-                   ylabel=f"Frechet distance, {options.fid_num} samples") for T in args.T]
+                   spread=spread, marker="o", floor=judge.floor, xlabel="lam", ylabel=judge.name)
+              for T in args.T]
     show(args, ["T", "lam", *itertools.chain(*spread.items())], rows, panels,
-         f"Weight of SA's second term: {options.data}, {options.steps} training steps, floor "
-         f"{floor:.4g}")
+         f"Weight of SA's second term: {judge.options.data}, {judge.options.steps} training "
+         f"steps, floor {judge.floor:.4g}")
 
 
 # ---- Estimation gap ------------------------------------------------------------------------------
@@ -147,12 +126,12 @@ def estimation_gap(denoise, x0, ladder, noise):
         d_t = sum_{i>t} tau_i (eps_hat(x_i) - eps_i),     eps_i = (x_i - x0)/sigma_i
 
     x_T = x0 + sigma_T noise(); the x_i below are ancestral sampling's own states, and eps_i is the
-    noise that is in them.  Then d_1 is the x_1 of the true reverse process, which knows x0, less the
-    model's from the same noise, in DDPM's frame.  Carried from x_1 back to x_t it is the distance
-    there: each step from i shrinks it by (sigma_{i-1}/sigma_i)^2.
+    noise that is in them.  Then d_1 is the x_1 of the true reverse process, which knows x0, less
+    the model's from the same noise, in DDPM's frame.  Carried from x_1 back to x_t it is the
+    distance there: each step from i shrinks it by (sigma_{i-1}/sigma_i)^2.
 
-    ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: at x_t the mean over samples and
-    coordinates, their rms, and what the rms were if errors of different steps were unrelated.
+    ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: at x_t the mean over samples
+    and coordinates, their rms, and what the rms were if errors of different steps were unrelated.
     """
     found, d, squares, told = [], 0, 0, Progress("sampling steps", len(ladder) - 1)
     tau = iter(sa_tau(ladder, torch.arange(len(ladder), 1, -1), 1, "paper")[0])
@@ -231,7 +210,7 @@ def gaussian_factor(levels, K, lam, path):
 
 
 def tau(args):
-    """Theorem 1's factors tau, and how much independent noises bias SA-K's minimiser (SA Theorem 1).
+    """Theorem 1's factors tau, and how independent noises bias SA-K's minimiser (SA Theorem 1).
 
     Left: by how much an error of eps_hat at t moves the sample at the end: 8e-3 to 1e-8, so that a
     loss with these factors does next to nothing.  Right: gaussian_factor, with tau = 1.  Below 1

@@ -25,7 +25,7 @@ from schedules import EDM, VE, VP
 
 SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
           15.0, 20.0, 30.0, 50.0, 80.0]
-RUNS = dict(cond=False, fid_num=128)         # of runs trained here; a user's own options win
+RUNS = dict(cond=False)                      # of runs trained here; a user's own options win
 
 
 # ---- Exact posteriors ----------------------------------------------------------------------------
@@ -262,22 +262,6 @@ def bias(args):
 
 # ---- Trained runs --------------------------------------------------------------------------------
 
-def distances(run, samplers, device):
-    """{sampler: (distance of a run's samples to the data, network calls for each)}, the floor, and
-    the distance's name.  samplers: {name: its choices for evaluate.generate}."""
-    denoiser, options = evaluate.load_run(run, device)
-    features = evaluate.extractor(options.fid_features, options.shape, options.data_dir,
-                                  options.device)
-    real = evaluate.real_statistics(evaluate.run_data(options), options.fid_num, features)
-    found = {}
-    for sampler, choices in samplers.items():
-        counted = evaluate.Counted(denoiser)
-        distance = evaluate.run_distance(counted, options, options.fid_num, features, real,
-                                         sampler=sampler, **choices)
-        found[sampler] = distance, counted.rows / options.fid_num
-    return found, real["floor"], evaluate.distance_name(features[0], options.fid_num)
-
-
 def table(args):
     """Distances of samples to the data after DSM and after STF (STF tables 1, 2).
 
@@ -285,17 +269,18 @@ def table(args):
     Heun; --rtol is RK45's tolerance (the paper's: 1e-5), the others are numbers of steps.  DSM and
     STF see the same images, noise and initial weights.  About 30 minutes.
     """
-    both = dict(rk45=dict(rtol=args.rtol), pc=dict(steps=args.pc))
+    both = dict(rk45=dict(steps=2, rtol=args.rtol), pc=dict(steps=args.pc))
     samplers = dict(ve=both, vp=both | dict(ddim=dict(steps=args.ddim)),
                     edm=dict(heun=dict(steps=args.heun)))
-    given, rows, titles = RUNS | args.options, [], []
+    given, rows, titles, judge = RUNS | args.options, [], [], None
     for schedule in args.schedules:
         found = dict(dsm=[], stf=[])
         for seed in range(args.seed, args.seed + args.seeds):
             for loss, own in (("dsm", {}), ("stf", dict(ref_batch=args.n))):
                 run = plot.trained(given, loss=loss, schedule=schedule, seed=seed, **own)
-                of_run, floor, name = distances(run, samplers[schedule], given.get("device"))
-                found[loss].append(of_run)
+                judge = plot.Judge(args, run, judge)
+                found[loss].append({sampler: judge(sampler, **how)
+                                    for sampler, how in samplers[schedule].items()})
         titles.append(f"{schedule}:")
         for sampler in samplers[schedule]:
             calls = plot.mean_and_sd([of_run[sampler][1] for of_run in found["dsm"]])[0]
@@ -303,15 +288,15 @@ def table(args):
                                         for own in args.schedules)]
             for runs in found.values():
                 row += plot.mean_and_sd([of_run[sampler][0] for of_run in runs])
-            rows.append(row + [floor])
+            rows.append(row + [judge.floor])
             titles[-1] += f" {sampler} {calls:.0f}"
     of = [f"calls, {schedule}" for schedule in args.schedules]
     shared = dict(y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), spread=dict(DSM="DSM sd",
-                  STF="STF sd"), xscale="linear", ylabel=f"distance to the data, {name}",
-                  xlabel="network calls for a sample", floor=floor, marker="o")
+                  STF="STF sd"), xscale="linear", ylabel=judge.name,
+                  xlabel="network calls for a sample", floor=judge.floor, marker="o")
     plot.show(args, ["schedule", "sampler", *of, "DSM", "DSM sd", "STF", "STF sd", "floor"], rows,
               [dict(shared, x=x, title=title) for x, title in zip(of, titles)],
-              f"{given.get('data', 'digits')}: distance of samples to the data after DSM and STF; "
+              f"{judge.options.data}: distance of samples to the data after DSM and STF; "
               f"mean and sd of {args.seeds} runs")
 
 

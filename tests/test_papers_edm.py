@@ -61,7 +61,7 @@ def numbers(*argv):
 
 
 def floor(run, num):
-    return edm.Judge(SimpleNamespace(options=dict(fid_num=num)), run).floor
+    return plot.Judge(SimpleNamespace(options=dict(fid_num=num)), run).floor
 
 
 # ---- Figure 1 ------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
 
 
 def test_nfe_and_distance_of_a_judge_are_those_of_its_sampler(exact):
-    judge = edm.Judge(SimpleNamespace(options=dict(fid_num=500)), exact)
+    judge = plot.Judge(SimpleNamespace(options=dict(fid_num=500)), exact)
     assert judge.name == "frechet_pixels_500"
     assert judge("heun", 18)[1] == 35 and judge("euler", 18)[1] == 18
     assert judge("heun", 18)[0] < 4 * judge.floor < judge("euler", 3)[0]
@@ -137,7 +137,7 @@ def test_each_setting_of_churn_switches_off_what_it_names(exact):
     found = numbers("churn", exact, "--N", "24", "--S_churn", "8", "--S_tmin", "75", "--S_tmax",
                     "90", "--S_noise", "2", "--fid-num", "1000")
     limit = 4 * floor(exact, 1000)
-    heun = edm.Judge(SimpleNamespace(options=dict(fid_num=1000)), exact)("heun", 24)[0]
+    heun = plot.Judge(SimpleNamespace(options=dict(fid_num=1000)), exact)("heun", 24)[0]
     first = [found[name][0] for name in ("all", "interval", "S_noise", "neither")]
     assert first == pytest.approx([heun] * 4, rel=1e-4)                # S_churn 0 is Heun's method
     r = (1 + 2 ** 2 * (16 / 9 - 1)) * 9 / 16                           # sigma_hat = 4/3 sigma
@@ -230,7 +230,7 @@ def test_configs_are_trained_in_turn_with_two_seeds_and_options_that_the_user_ga
     given = dict(data="cifar10", lr=0.1, fid_num=100)
     assert runs == [dict(steps=400) | config(name) | given | dict(seed=seed) for name in "ABCDEF"
                     for seed in (5, 6)]
-    heun = edm.Judge(SimpleNamespace(options=given), exact)("heun", 18)[0]
+    heun = plot.Judge(SimpleNamespace(options=given), exact)("heun", 18)[0]
     assert found["config"].tolist() == list(edm.CONFIGS)
     for name in ("mean", "one seed", "another"):
         assert found[name].astype(float) == pytest.approx([heun] * 6, rel=1e-4)

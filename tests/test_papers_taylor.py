@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import train
-from losses import dsm_loss, stf_target, taylor_terms
+from losses import stf_target, taylor_terms
 from networks import MLP, Denoiser
 from papers import plot, taylor
 from schedules import EDM

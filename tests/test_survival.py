@@ -5,7 +5,6 @@ and the control's coefficients.
 """
 
 import fcntl
-import json
 import multiprocessing
 import os
 import random
