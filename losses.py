@@ -191,7 +191,7 @@ def stf_loss(denoise, x0, noise, sigma, weight, target):
 # tensor is t.
 
 def sa_tau(ladder, t, K, kind="unit"):
-    """tau of the K levels t, t-1, ..., t-K+1; zero below the ladder   (SA Theorem 1).
+    """tau of the K levels t, t-1, ..., t-K+1; zero outside the ladder   (SA Theorem 1).
 
         tau_i = sqrt(ab_1) sigma_1^2 (sigma_i^2 - sigma_{i-1}^2) / (sigma_i sigma_{i-1}^2)
 
@@ -203,12 +203,14 @@ def sa_tau(ladder, t, K, kind="unit"):
     falls from 8e-3 at i = 2 to 1e-8 at 1000, so that its loss does next to nothing;  'window':
     tau_s/tau_t, the same errors measured at the window's start (1 at the ladder's first level).
 
-    ladder (T,), t (B,) int64 in 1..T -> (K, B) float64.  Needs: nothing.
+    ladder (T,), t (B,) int64: 1..T, as published, or 0..T+K-1, the paper's windows, which all
+    levels are in equally often -> (K, B) float64.  Needs: nothing.
     """
     s = t - torch.arange(K, device=t.device)[:, None]                             # (K, B)
-    inside, variance = s >= 1, ladder.double() ** 2
+    inside, variance = (s >= 1) & (s <= len(ladder)), ladder.double() ** 2
     step = variance.diff() / (ladder.double()[1:] * variance[:-1])                # (T-1,) i = 2..T
-    tau = torch.cat([step[:1] * 0, step * variance[0] / (1 + variance[0]).sqrt()])[s.clamp(1) - 1]
+    tau = torch.cat([step[:1] * 0, step * variance[0] / (1 + variance[0]).sqrt()])
+    tau = tau[s.clamp(1, len(ladder)) - 1]
     if kind == "unit":
         tau = torch.ones_like(tau)
     elif kind == "window":

@@ -81,6 +81,9 @@ class Options:
     level_noise: str = option("independent", "sa: a noise for each level, as published "
                               "(independent), or those of one forward path, nearly unbiased (path)",
                               choices=("independent", "path"))
+    windows: str = option("down", "sa: the K levels end at each of 1..T, as published (down), or at "
+                          "each of 0..T+K-1, levels outside 1..T left out, as in the paper (up)",
+                          choices=("down", "up"))
     order: int = option(0, "taylor: order of the polynomial around the clean image", 0, 2)
     head: str = option("none", "train a second output of the network of --init, and nothing else, "
                        "for evaluate.py sample --variance", choices=("none", "sn", "npr"))
@@ -203,7 +206,7 @@ PRESETS = {
                         lr=2e-5, warmup=0, steps=500_000, ema=(55_400,), decay=0.0, beta2=0.999,
                         fid_every=50_000, fid_num=10_000)}
 BELONGS = dict(K=("loss", "sa"), lam=("loss", "sa"), tau=("loss", "sa"),
-               level_noise=("loss", "sa"), order=("loss", "taylor"), P_mean=("schedule", "edm"),
+               level_noise=("loss", "sa"), windows=("loss", "sa"), order=("loss", "taylor"), P_mean=("schedule", "edm"),
                P_std=("schedule", "edm"))
 
 
@@ -433,10 +436,13 @@ def draw_batch(pixels, labels, options, schedule, step):
 
     shape = batch.x0.shape
     if options.loss == "sa":
-        ladder = ladder_of(schedule)                                              # (T,)
-        t = torch.searchsorted(ladder, sigma).clamp(max=len(ladder) - 1) + 1      # (B,)
-        levels = t - torch.arange(K)[:, None]                                     # (K, B)
-        sigma, shape = ladder[levels.clamp(min=1) - 1], (K, *shape)
+        ladder = ladder_of(schedule)
+        T, shape = len(ladder), (K, *shape)
+        t = torch.searchsorted(ladder, sigma).clamp(max=T - 1) + 1                # (B,) in 1..T
+        if options.windows == "up":
+            t = (u * (T + K)).long()                                              # in 0..T+K-1
+        levels = (t - torch.arange(K)[:, None]).clamp(1, T)                       # (K, B)
+        sigma = ladder[levels - 1]
         batch.tau = on(device, sa_tau(ladder, t, K, options.tau), batch.x0)
     batch.sigma = on(device, sigma, batch.x0)                     # (B, 1, ..), SA: (K, B, 1, ..)
     g = generator(options.seed, step, 1, device)
@@ -608,8 +614,11 @@ def run(options, folder=None, brief=False):
         net = Denoiser(torch.compile(denoiser.model), denoiser.precondition, amp)
     if world > 1:
         net = DistributedDataParallel(net)
+        NEVER_FREED.append(net)
     weight, held = evaluate.build_weight(options), evaluate.held_out(data, options)
     pixels, labels = on_device(data, device)
+    if device == "cpu" and torch.get_num_threads() > 1:
+        choose_threads(denoiser, options)
     share = range(options.batch * rank // world, options.batch * (rank + 1) // world)
     size = options.micro_batch or len(share)
     parts = [slice(i, min(i + size, share.stop)) for i in share[::size]]
@@ -731,6 +740,24 @@ def on_device(data, device):
     if device.startswith("cuda") and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         pixels = pixels.to(device)
     return pixels, None if labels is None else torch.from_numpy(labels)
+
+
+@torch.no_grad()
+def choose_threads(denoiser, options):
+    """Takes one thread where several are slower: for small networks, and where other programs use
+    the cores, so that the threads wait for each other."""
+    x, seconds = torch.ones(options.batch, *options.shape), {}
+    for threads in (torch.get_num_threads(), 1):
+        torch.set_num_threads(threads)
+        for call in range(6):
+            if call == 1:                                 # the first call prepares its kernels
+                start = time.time()
+            denoiser(x, torch.ones(len(x), *[1] * len(options.shape)))
+        seconds[threads] = time.time() - start
+    best = min(seconds, key=seconds.get)
+    torch.set_num_threads(best)
+    if best == 1:
+        print(f"threads   1, which is faster here than {max(seconds)}")
 
 
 def memory_format(device):
@@ -919,7 +946,7 @@ def describe(options, data, denoiser, folder, first):
     copies = dict(antithetic=2, sa=options.K, taylor=2).get(options.loss, 1)
     at_once = min(options.micro_batch or options.batch, math.ceil(options.batch / world))
     gib = copies * at_once * activation_bytes(options) / 2 ** 30
-    print(f"memory    about {gib:.1f} GiB for the activations of {at_once} samples at a time "
+    print(f"memory    about {gib:.2g} GiB for the activations of {at_once} samples at a time "
           "(--micro-batch)")
     rows = torch.linspace(0, len(data.x) - 1, min(len(data.x), 4096)).long()
     deviation = evaluate.take(data, rows)[0].std().item()
@@ -961,6 +988,7 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     Every rank draws its share of the samples for the distance; the first one tells.
     """
     count = min(count, len(data.x) // 2)
+    print(f"drawing {count} samples", flush=True)
     features = evaluate.extractor("pixels", options.shape)
     real = evaluate.real_statistics(data, count, features, options.seed, 10_000)
     distance = evaluate.run_distance(ema.eval(), options, count, features, real,
@@ -979,14 +1007,38 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     log.write(options.steps, report=dict(frechet_pixels=distance, floor=real["floor"], count=count,
                                          loss_by_sigma=table))
     evaluate.draw_levels(f"{folder}/where-stf-acts.png", table, f"{folder}: where STF acts")
+    draw_curve(folder)
     save_samples(folder, options.steps, denoiser, ema, options, data)
     print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
           f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
           f"next        python evaluate.py sample {folder}")
 
 
+def draw_curve(folder):
+    """loss.png: the loss of each step, and its running mean, where matplotlib is installed."""
+    try:
+        from matplotlib import figure
+    except ImportError:
+        return
+    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line))
+    span = max(len(losses) // 20, 1)
+    means = np.convolve(losses, np.ones(span) / span, "valid")
+    page = figure.Figure(figsize=(6, 4))
+    axes = page.subplots()
+    axes.semilogy(steps, losses, linewidth=0.5, label="each step")
+    axes.semilogy(steps[span - 1:], means, label=f"mean of {span} steps")
+    axes.set(xlabel="step", ylabel="loss", title=folder)
+    axes.legend()
+    page.tight_layout()
+    page.savefig(f"{folder}/loss.png", dpi=100)
+
+
 # ---- Ranks ---------------------------------------------------------------------------------------
 # torchrun starts one process for each GPU, or several on CPUs; without it there is one, rank 0.
+
+NEVER_FREED = []    # freeing DDP hangs, if a thread of gloo waits just then to free a tensor
+
 
 def start_ranks():
     """Joins torchrun's process group, if there is one."""

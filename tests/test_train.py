@@ -4,17 +4,19 @@ leaves.  That a run goes on where it was: test_survival.py.  Several ranks: test
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 import evaluate
 import train
 from evaluate import BadInput
 from losses import RunningBeta
-from networks import target_coefficients
+from networks import UNETS, Conv, target_coefficients
 from schedules import DDPM, EDM, SCHEDULES, VP
 from train import Options
 
@@ -151,6 +153,22 @@ def test_sa_batch_is_k_consecutive_levels_of_the_ladder_and_masked_below():
     assert (batch.sigma == batch.sigma[0]).all()
 
 
+def test_the_papers_windows_have_every_level_equally_often():
+    """t - K + 1 ... t for t of 0 ... T + K - 1, without those outside 1 ... T (SA sec. 3.2)."""
+    ladder = DDPM(T=5, beta_1=0.1, beta_T=0.5)
+    many = dict(loss="sa", K=3, batch=16_000, windows="up", cond=False)
+    batch = draw(0, ladder, **many)
+    level = (ladder.levels - batch.sigma.double().view(3, -1, 1)).abs().argmin(-1)   # 0 ... 4
+    inside = batch.tau.view(3, -1) == 1
+    assert (level[:-1] - level[1:])[inside[:-1] & inside[1:]].unique().tolist() == [1]
+    share = level[inside].bincount() / 16_000
+    torch.testing.assert_close(share, torch.full((5,), 3 / 8), atol=0.02, rtol=0)
+    down = draw(0, ladder, **many | dict(windows="down"))
+    level = (ladder.levels - down.sigma.double().view(3, -1, 1)).abs().argmin(-1)
+    share = level[down.tau.view(3, -1) == 1].bincount() / 16_000
+    torch.testing.assert_close(share[-1], torch.tensor(1 / 5), atol=0.02, rtol=0)
+
+
 def stable_target(batch, options):
     """STF's target, off the loss of a denoiser that gives theta: its gradient at theta = 0."""
     theta = torch.zeros_like(batch.x0, requires_grad=True)
@@ -211,6 +229,53 @@ def test_every_objective_in_every_schedule_learns_points_and_images(number):
         first, last = learned(Options(**given | shared), evaluate.load_data(given["data"]))
         assert first.shape == last.shape == (given["batch"],)
         assert first.isfinite().all() and last.isfinite().all() and last.mean() < first.mean()
+
+
+COMPILED = [dict(loss="stf", augment=0.5, label_dropout=0.2), dict(loss="dsm"),
+            dict(loss="antithetic"), dict(loss="sa"), dict(loss="taylor")]
+
+
+@pytest.mark.parametrize("more", COMPILED, ids=[more["loss"] for more in COMPILED])
+def test_compile_makes_one_graph_with_the_losses_of_eager(more, monkeypatch):
+    """The backend aot_eager traces forward and backward as inductor does, but needs no compiler.
+
+    fullgraph refuses a break.  Held-out error, distance and pictures between the steps run without
+    torch.compile, so they recompile nothing.
+    """
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    given = TINY | dict(cond=True, arch="unet", steps=4, eval_every=2, fid_every=2, fid_num=4,
+                        fid_features="pixels", sample_every=2) | more
+    torch._dynamo.reset()
+    losses = [log(train.run(Options(**given, compile=compile, out=f"{compile}"), brief=True),
+                  "loss") for compile in (False, True)]
+    assert len(graphs) == 1
+    for eager, compiled in zip(*losses):
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])])
+@pytest.mark.parametrize("arch", UNETS)
+def test_convolutions_need_not_reorder_their_input(arch, device):
+    """All but those beside attention get it in the network's memory format."""
+    chosen = train.memory_format(device)
+    options = Options(arch=arch, width=32, shape=(3, 16, 16), schedule="edm", P_mean=0, P_std=1)
+    denoiser = evaluate.build_denoiser(options).to(device, memory_format=chosen)
+    found = []
+
+    def look(layer, inputs):
+        found.append(inputs[0].is_contiguous(memory_format=chosen))
+    for layer in denoiser.modules():
+        if isinstance(layer, Conv):
+            layer.register_forward_pre_hook(look)
+    x = torch.randn(2, 3, 16, 16, device=device)
+    denoiser(x, x.new_ones(2, 1, 1, 1))
+    assert sum(found) > 0.9 * len(found)
 
 
 @pytest.mark.parametrize("kind", ["one image of each class", "all images alike"])
@@ -502,3 +567,18 @@ def test_init_takes_network_and_noise_levels_and_a_head_leaves_the_network_alone
         assert f"cannot change {change}" in refused(line, capsys)
     assert "--loss" in refused([*data, "--head", "npr", "--init", "first", "--loss", "dsm"], capsys)
     refused(["--data", "images.npz", "--init", "first"], capsys)
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_fewer_threads_are_taken_where_they_are_faster(slow, monkeypatch, capsys):
+    """With a clock by which as many threads as `slow` take ten times as long."""
+    clock, threads = [0.0], [2]
+
+    def denoise(x, sigma):
+        clock[0] += 10 if threads[0] == slow else 1
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    train.choose_threads(denoise, Options(batch=4, shape=(2,)))
+    assert threads[0] == 3 - slow
+    assert ("threads   1, which is faster here than 2" in capsys.readouterr().out) == (slow == 2)
