@@ -14,7 +14,6 @@ From Python:
 import argparse
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import math
@@ -28,6 +27,7 @@ import urllib.request
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,9 +47,6 @@ from schedules import EDM, SCHEDULES
 class BadInput(ValueError):
     """What a person typed or supplied is wrong; str() is one sentence that says what to do."""
 
-    def __str__(self):      # names in archives may hold line breaks, or codes that rule a terminal
-        return "".join(c if c.isprintable() else "?" for c in super().__str__())
-
 
 def attempt(what, cure, call, *args, **kwargs):
     """call(*args, **kwargs); any failure becomes BadInput "cannot use <what>: <why>; <cure>"."""
@@ -59,8 +56,7 @@ def attempt(what, cure, call, *args, **kwargs):
             return call(*args, **kwargs)
     except BadInput:
         raise
-    # On damaged files zlib, PIL's plug-ins, tarfile and numpy raise nearly every type there is.
-    except Exception as error:
+    except Exception as error:      # on damaged files zlib, PIL and numpy raise nearly every type
         why = " ".join(str(error).split()) or type(error).__name__
         raise BadInput(f"cannot use {what}: {why}; {cure}") from error
 
@@ -73,10 +69,9 @@ def plain_streams():
 
 
 class Progress:
-    """What a long task is doing and how long it will still take, on stderr, told by rank 0.
+    """How far a long task is, on stderr, from rank 0: Progress("reading", 50_000)(done).
 
-    Progress("reading images", 50_000)(done) after each part.  A terminal shows one line that
-    rewrites itself; a pipe or a file gets a line after 5 seconds and then every 15.
+    A terminal shows one line, rewritten; a pipe or a file gets one after 5 s and then every 15.
     """
 
     def __init__(self, what, total, begin=0):
@@ -110,8 +105,6 @@ def total(x):
 # ---- Data sets -----------------------------------------------------------------------------------
 
 IN_MEMORY_BYTES = 4 << 30        # a larger set is decoded once, into a memory-mapped cache file
-MEMBER_BYTES = 256 << 20         # no single image or CIFAR batch is larger; a zip bomb is
-MAX_CLASSES = 100_000
 POINT_SETS = ("two-gaussians", "two-gaussians-64d", "ring", "checkerboard", "swiss-roll")
 BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -119,6 +112,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no EPS: it st
 CIFAR_HOME = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_URLS = (CIFAR_HOME, f"https://web.archive.org/web/2023id_/{CIFAR_HOME}")
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt")
 MNIST_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/")
 MNIST_MD5 = {"train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -140,17 +134,15 @@ def load_data(name, size=None, data_dir="data", fresh=None):
 
     Names: BUILT_IN; 'cifar10' and 'mnist' are looked for in data_dir, else downloaded to it.
     Paths: a folder or a .zip of images (sub-folder = class; or labels in a dataset.json, as EDM's
-    code has them), .npz ('images', 'labels'), .npy, a CIFAR-10 binary .tar.gz, folder or .bin, or
-    an idx images file or its folder.
+    code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz, its folder or one
+    .bin, an idx images file or its folder.
     size: crops each image to its central square, then resizes it to size x size.
     fresh: of a set that is drawn here, so many rows that load_data(name) does not have.
     """
-    if size is not None and not 1 <= size <= 4096:
-        raise BadInput(f"--size {size} is not between 1 and 4096; choose another")
     if name in ("digits", *POINT_SETS):
         more = dict(n=fresh, seed=1) if fresh else {}
-        drawn = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
-        return build(name, f"the built-in set {name}", data_dir, size, *drawn)
+        made = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
+        return build(name, f"the built-in set {name}", data_dir, size, *made)
     path = find_built_in(name, Path(data_dir)) if name in BUILT_IN else Path(name)
     if not name or not os.path.exists(path):       # Path("") would be the current folder
         raise BadInput(f"there is no file, folder or data set {name!r}; "
@@ -160,20 +152,18 @@ def load_data(name, size=None, data_dir="data", fresh=None):
     file = cifar_folder(path) or find_idx(path) or path
     kind = "" if file.is_dir() else file.name.lower()
     if cifar_folder(file) or kind.endswith((".tar.gz", ".tgz", ".tar", ".bin")):
-        read, cure = read_cifar, "put the official cifar-10-binary.tar.gz there, or its files"
+        read = read_cifar
     elif "idx3-ubyte" in kind:
-        read, cure = read_idx, "replace it by a whole copy"
-    elif not kind or kind.endswith(".zip"):
-        files, key, labels, classes = attempt(
-            file, "check that it is whole and that you may read it", read_images, file, size)
-        x = gather(files, f"{short}-{key}", data_dir) if files else files
-        return build(short, path, data_dir, None, x, labels, classes)
+        read = read_idx
     elif kind.endswith((".npz", ".npy")):
-        read, cure = read_numpy, "save plain numbers with numpy.save, or 'images' with numpy.savez"
+        read = read_numpy
+    elif not kind or kind.endswith(".zip"):
+        read = partial(read_images, size=size, cache=f"{data_dir}/cache/{short}")
     else:
         raise BadInput(f"{path} is of no known kind; give a folder or a .zip of images "
                        f"({' '.join(ENDINGS)}), .npz, .npy, a CIFAR-10 .tar.gz or .bin, or an "
                        "idx3-ubyte file")
+    cure = "check that it is whole, and that you may read it"
     return build(short, path, data_dir, size, *attempt(file, cure, read, file))
 
 
@@ -183,20 +173,21 @@ def build(name, where, data_dir, size, x, labels=None, classes=()):
         raise BadInput(f"{where} holds {len(x)} images or points, and a data set needs at least 4; "
                        f"images end in {' '.join(ENDINGS)}")
     if labels is not None:
-        labels, top = np.asarray(labels), len(classes) or MAX_CLASSES
-        whole = labels.shape == (len(x),) and labels.dtype.kind in "iu"
-        if not whole or labels.min() < 0 or labels.max() >= top:
-            raise BadInput(
-                f"{where} has {len(x)} images or points and {labels.dtype} labels {labels.shape}; "
-                f"give one label for each, whole numbers from 0 to {top - 1}, or none at all")
+        labels = np.asarray(labels)
+        if labels.shape != (len(x),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise BadInput(f"{where} has {len(x)} images or points and {labels.dtype} labels "
+                           f"{labels.shape}; give one label for each, whole numbers from 0 on, or "
+                           "none at all")
         occur, labels = np.unique(labels, return_inverse=True)         # classes without images go
         labels = labels.astype(np.int64)
-        classes = [str(classes[k] if classes else k) for k in occur]
+        classes = [str(classes[k] if k < len(classes) else k) for k in occur]
     if size is not None and x.ndim != 4:
         raise BadInput(f"{where} has points, not images; leave out --size")
-    if x.ndim == 4 and (size is not None or x.shape[2] != x.shape[3]):
-        files = [(f"image {i} of {where}", picture, x[i], size) for i in range(len(x))]
-        x = gather(files, f"{name}-{fingerprint(x, size)}", data_dir)
+    if x.ndim == 4 and x.shape[2:] != (size or x.shape[2],) * 2:
+        def read(i):
+            return picture(images[i])
+        images, names = x, [f"image {i} of {where}" for i in range(len(x))]
+        x = gather(names, read, size, f"{data_dir}/cache/{name}-{fingerprint(x, size)}.npy")
     if not isinstance(x, np.memmap):
         x = np.require(x, requirements="CW")       # contiguous, writable: torch wants it so
     what = (f"points in {x.shape[1]} dimensions" if x.ndim == 2 else
@@ -207,72 +198,63 @@ def build(name, where, data_dir, size, x, labels=None, classes=()):
 
 
 def fingerprint(x, labels=None):
-    """12 hex digits of a sha256 of the rows x and the labels; of a set too large for memory, of
-    10,000 rows evenly spaced."""
+    """12 hex digits of the rows x and the labels; of a large set, of 10,000 rows evenly spaced."""
     digest = hashlib.sha256(repr((x.shape, x.dtype.str)).encode())
     if x.nbytes > IN_MEMORY_BYTES:
         x = x[np.linspace(0, len(x) - 1, 10_000).astype(int)]
     for part in (x, labels):
-        digest.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray)
-                      else repr(part).encode())
+        array = isinstance(part, np.ndarray)
+        digest.update(np.ascontiguousarray(part) if array else repr(part).encode())
     return digest.hexdigest()[:12]
 
 
-def gather(files, key, data_dir, channels=None):
-    """The images of files as one uint8 array (n, C, H, W).
+def gather(names, read, size, cache, channels=None):
+    """The images of these names as one uint8 array (n, C, H, W); read(i) gives a PIL image.
 
-    files: for each (its name, read, what read is called with, size), where read gives a PIL image.
-    C is 3 if any image has colour.  Above IN_MEMORY_BYTES the array is a memory-mapped file
-    data_dir/cache/<key>.npy, which gets its name only when complete: one that exists is used as it
-    is, and two processes do no harm.
+    C is 3 if any image has colour.  Above IN_MEMORY_BYTES the array is the memory-mapped file
+    `cache`, which gets its name only when it is complete: one that exists is used as it is, and
+    two processes do no harm.
     """
     def image(i):
-        called, read, source, size = files[i]
+        return decode(read(i), size)
 
-        def pixels():
-            return decode(read(source), size)
-        return attempt(called, "replace it or remove it", pixels)
-
-    def blank():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if bytes + 4096 > shutil.disk_usage(path.parent).free:
-            raise OSError("no room on that disk")  # now; in the loop it would kill us (SIGBUS)
-        return np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-
-    path = Path(data_dir, "cache", f"{key}.npy")
-    if path.exists():
-        return attempt(path, "delete it", np.lib.format.open_memmap, path, "c")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    n, first = len(files), image(0)
+    cache, cure = Path(cache), "replace it or remove it"
+    if cache.exists():
+        return attempt(cache, "delete it", np.lib.format.open_memmap, cache, "c")
+    n, first = len(names), attempt(names[0], cure, image, 0)
     shape = (n, channels or len(first), *first.shape[1:])
-    bytes = math.prod(shape)
-    cure, large = f"choose a --data-dir with {bytes:,} bytes to spare", bytes > IN_MEMORY_BYTES
-    x = attempt(path.parent, cure, blank) if large else np.empty(shape, np.uint8)
-    told = Progress("reading images", n)
+    bytes, told = math.prod(shape), Progress("reading images", n)
+    large, part = bytes > IN_MEMORY_BYTES, Path(f"{cache}.{os.getpid()}.part")
+    if large:
+        attempt(cache.parent, "choose another --data-dir", os.makedirs, cache.parent, exist_ok=True)
+        if bytes + 4096 > shutil.disk_usage(cache.parent).free:        # writing ends the process
+            raise BadInput(f"{cache.parent} has no room for {bytes:,} bytes; choose another "
+                           "--data-dir")
+    x = np.lib.format.open_memmap(part, "w+", np.uint8, shape) if large else \
+        np.empty(shape, np.uint8)
     try:
         for i in range(n):
-            y = image(i)
+            y = attempt(names[i], cure, image, i)
             if y.shape[1:] != shape[2:] or shape[2] != shape[3]:
-                raise BadInput(f"{files[i][0]} is {y.shape[2]}x{y.shape[1]}, and all must be "
-                               "square and of one size; give --size N to crop and resize them")
+                raise BadInput(f"{names[i]} is {y.shape[2]}x{y.shape[1]}, and all must be square "
+                               "and of one size; give --size N to crop and resize them")
             if len(y) > shape[1]:                  # the first colour after gray: start over
-                return gather(files, key, data_dir, channels=3)
+                return gather(names, read, size, cache, channels=3)
             x[i] = y
             told(i + 1)
         if large:
             x.flush()
-            os.replace(part, path)
+            os.replace(part, cache)
     finally:
         if large:
             part.unlink(missing_ok=True)
-    return np.lib.format.open_memmap(path, "c") if large else x
+    return np.lib.format.open_memmap(cache, "c") if large else x
 
 
 def decode(image, size):
-    """A PIL image -> uint8 (1, H, W) if its format is gray, else (3, H, W); see load_data's size.
+    """A PIL image -> uint8 (1, H, W) if it is gray, else (3, H, W); for size see load_data.
 
-    Upright by its EXIF orientation, transparent parts on white.  ValueError: more than 8 bits, or
-    more than one picture.
+    It is turned upright by its EXIF orientation, and transparent parts are laid on white.
     """
     raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
     if image.mode[0] in "IF" or ";16" in raw:
@@ -299,99 +281,82 @@ def picture(x):
     return Image.fromarray(x[0] if len(x) == 1 else np.ascontiguousarray(x.transpose(1, 2, 0)))
 
 
-# ---- Readers: of (x, labels, classes), as much as build() needs ----------------------------------
+# ---- Readers: each gives x, labels and classes, as build() takes them ----------------------------
 
-def bounded(size, limit):
-    """size, if that many bytes may be read into memory at once."""
-    if size > limit:
-        raise ValueError(f"{size:,} bytes are more than the {limit:,} read at once")
-    return size
-
-
-def members(path, wanted, deep=True):
-    """{name: (size, time or CRC)} of the wanted files of a folder, zip or tar, and read(name)."""
-    if path.is_dir():
-        found = {file.relative_to(path).as_posix(): os.stat(file) for file in walk(path, deep)
-                 if wanted(file.relative_to(path).as_posix())}
-        stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
-
-        def opened(name):
-            return open(path / name, "rb")
-    elif path.suffix.lower() == ".zip":
-        archive = zipfile.ZipFile(path)
-        infos = [info for info in archive.infolist() if wanted(info.filename)]
-        stamps = {info.filename: (info.file_size, info.CRC) for info in infos}
-        opened = archive.open
-    else:
-        archive = tarfile.open(path)
-        stamps = {i.name: (i.size, i.mtime) for i in archive if i.isfile() and wanted(i.name)}
-        opened = archive.extractfile
-
-    def read(name):
-        size = bounded(stamps[name][0], MEMBER_BYTES)
-        with opened(name) as file:                 # read(size): a false size gives no more
-            return file.read(size)
-    return stamps, read
-
-
-def walk(folder, deep):
+def files_below(folder, seen):
     """The files below a folder, through links, but each real folder once: links may go round."""
-    def stop(error):                               # os.walk would pass over what it cannot read
-        raise error
-
-    seen = {os.path.realpath(folder)}
-    for root, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        yield from (Path(root, file) for file in files)
-        paths = sorted((os.path.join(root, name) for name in folders), key=os.path.islink)
-        folders[:] = []
-        for path in paths:                         # folders before the links to them
-            if deep and os.path.realpath(path) not in seen:
-                folders.append(os.path.basename(path))
-            seen.add(os.path.realpath(path))
+    inside = sorted(folder.iterdir(), key=Path.is_symlink)             # folders before the links
+    found, folders = [path for path in inside if path.is_file()], []
+    for path in inside:
+        if path.is_dir() and path.resolve() not in seen:
+            seen.add(path.resolve())
+            folders.append(path)
+    for path in folders:
+        found += files_below(path, seen)
+    return found
 
 
-def is_image(name):
-    """Whether a file in a folder or archive is one of a set: not hidden, nor in a hidden folder."""
-    parts = name.replace("\\", "/").split("/")     # hidden: .git/.., the Mac's ._twins
-    return parts[-1].lower().endswith(ENDINGS) and not any(part.startswith(".") for part in parts)
+def members(path):
+    """{name: its folders and its own name} of images and dataset.json, and content(name) -> bytes.
+
+    Of a folder or a zip, without what is hidden, and without a folder around all the classes or
+    around the dataset.json.
+    """
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in files_below(path, {path.resolve()})]
+
+        def content(name):
+            return (path / name).read_bytes()
+    else:
+        archive = zipfile.ZipFile(path)
+        names, content = archive.namelist(), archive.read
+    parts = {name: name.replace("\\", "/").split("/") for name in sorted(set(names))}
+    parts = {name: p for name, p in parts.items()
+             if (p[-1].lower().endswith(ENDINGS) or p[-1] == "dataset.json")
+             and not any(part.startswith(".") for part in p)}          # .git/.., the Mac's ._twins
+    depth = 1 if any(p[-1] == "dataset.json" for p in parts.values()) else 2
+    while len({p[0] for p in parts.values()}) == 1 and min(map(len, parts.values())) > depth:
+        parts = {name: p[1:] for name, p in parts.items()}
+    return parts, content
 
 
-def read_images(path, size):
-    """(files as gather wants them, a cache key, labels, classes) of a folder or a zip of images."""
-    stamps, read = members(path, lambda name: is_image(name) or name == "dataset.json")
-    names, labels, classes = sorted(set(stamps) - {"dataset.json"}), None, ()
-    parts = [name.replace("\\", "/").split("/") for name in names]
-    while parts and len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 2:
-        parts = [p[1:] for p in parts]             # one folder around the folders of classes
-    if "dataset.json" in stamps:
-        cure = 'make it {"labels": [["file name", integer], ..]}, of all images, or remove it'
-        labels = attempt(f"{path}/dataset.json", cure, json_labels, names, read)
-    elif any(len(p) > 1 for p in parts):
-        if not all(len(p) > 1 for p in parts):
-            raise BadInput(f"{path} holds images both beside its sub-folders and inside them; "
-                           "move each into the sub-folder of its class")
-        classes, labels = np.unique([p[0] for p in parts], return_inverse=True)
+def read_images(path, size, cache):
+    """Of a folder or a zip of images; cache: how the path of gather's `cache` begins."""
+    parts, content = members(path)
+    table = next((name for name, p in parts.items() if p == ["dataset.json"]), None)
+    names = [name for name, p in parts.items() if p[-1] != "dataset.json"]
+    depths, labels, classes = {len(parts[name]) for name in names}, None, []
 
-    def opened(name):
+    def read(i):
         try:
-            return Image.open(io.BytesIO(read(name)), formats=FORMATS)
+            return Image.open(io.BytesIO(content(names[i])), formats=FORMATS)
         except UnidentifiedImageError:             # Pillow names an object, not the file
             raise ValueError("it is no image, or damaged") from None
-    key = hashlib.sha256(repr((sorted(stamps.items()), size)).encode()).hexdigest()[:12]
-    files = [(f"{path}/{name}", opened, name, size) for name in names]
-    return files, key, labels, list(classes)
+    if table:
+        cure = 'make it {"labels": [["file name", integer], ..]}, of all images, or remove it'
+        plain = ["/".join(parts[name]) for name in names]
+        labels = attempt(f"{path}/{table}", cure, json_labels, content(table), plain)
+    elif 1 in depths and len(depths) > 1:
+        raise BadInput(f"{path} holds images both beside its sub-folders and inside them; move "
+                       "each into the sub-folder of its class")
+    elif 1 not in depths and names:
+        classes, labels = np.unique([parts[name][0] for name in names], return_inverse=True)
+    stats = [os.stat(path / name) for name in names] if path.is_dir() else [os.stat(path)]
+    key = repr((names, size, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
+    cache = f"{cache}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+    x = gather([f"{path}/{name}" for name in names], read, size, cache) if names else ()
+    return x, labels, list(classes)
 
 
-def json_labels(names, read):
+def json_labels(content, names):
     """The labels in EDM's dataset.json: {"labels": [[file name, integer], ..] or null}."""
-    pairs = json.loads(read("dataset.json"))["labels"]
+    pairs = json.loads(content)["labels"]
     if pairs is None:
         return None
     labels = {name.replace("\\", "/"): label for name, label in pairs}
-    names = [name.replace("\\", "/") for name in names]
     if set(labels) != set(names):
         raise ValueError(f"it and the images disagree about {min(set(labels) ^ set(names))}")
-    return np.asarray([labels[name] for name in names])
+    return [labels[name] for name in names]
 
 
 def read_numpy(path):
@@ -400,8 +365,6 @@ def read_numpy(path):
         x, labels = np.lib.format.open_memmap(path, "c"), None
         x = x if x.nbytes > IN_MEMORY_BYTES else np.array(x)           # a large one stays on disk
     else:
-        with zipfile.ZipFile(path) as archive:     # np.savez makes a zip; it cannot be mapped
-            bounded(sum(i.file_size for i in archive.infolist()), IN_MEMORY_BYTES)
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays:
                 raise ValueError(f"it holds {', '.join(arrays.files) or 'nothing'}, not 'images'")
@@ -423,48 +386,42 @@ def read_numpy(path):
 
 
 def read_cifar(path):
-    """(x, labels, classes) of CIFAR-10's binary layout: a tar, a folder or one .bin.
+    """Of CIFAR-10's tar, folder or one .bin: the training batches, or without them the test batch.
 
-    A record is a byte of label and 3072 bytes: a red, a green, a blue plane, 32 rows each.  Gives
-    the training batches if there are any, else the test batch.
+    A record is a byte of label and 3072 bytes: a red, a green, a blue plane, 32 rows each.
     """
-    folder, known = path, r"(data_batch_\d+|test_batch)\.bin"
-    if path.is_file() and path.suffix.lower() == ".bin":
-        folder, known = path.parent, re.escape(path.name)
-    wanted = re.compile(rf"(.*/)?({known}|batches\.meta\.txt)", re.DOTALL).fullmatch
-    stamps, read = members(folder, wanted, deep=False)
-    bounded(sum(size for size, _ in stamps.values()), IN_MEMORY_BYTES)
-    files = {name.split("/")[-1]: read(name) for name in stamps}
-    classes = files.pop("batches.meta.txt", b"").decode("utf-8", "replace").split()
-    batches = sorted(n for n in files if n.startswith("data_batch_")) or sorted(files)
+    files = {}
+    if path.is_file() and path.suffix.lower() != ".bin":
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.split("/")[-1]
+                if name in CIFAR_FILES and member.isfile():
+                    files[name] = archive.extractfile(member).read()
+    else:
+        folder = path if path.is_dir() else path.parent
+        for name in CIFAR_FILES if path.is_dir() else (path.name, "batches.meta.txt"):
+            if (folder / name).is_file():
+                files[name] = (folder / name).read_bytes()
+    classes = files.pop("batches.meta.txt", b"").decode().split()
+    batches = sorted(name for name in files if name.startswith("data_batch")) or list(files)
     if not batches:
-        raise ValueError("it has neither data_batch_*.bin nor test_batch.bin")
-    for name in batches:
-        if len(files[name]) % 3073:
-            raise ValueError(f"{name} is not a whole number of 3073-byte records")
+        raise ValueError("it has none of " + ", ".join(CIFAR_FILES))
     records = np.frombuffer(b"".join(files[n] for n in batches), np.uint8).reshape(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], classes or "0123456789"
 
 
 def read_idx(path):
-    """(x (N, 1, H, W), labels or None) of an idx images file and the labels file beside it."""
+    """Of an idx images file, and of the labels file beside it, if there is one."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     beside = [p for p in (path.with_name(name), path.with_name(name + ".gz")) if p.is_file()]
-    labels = attempt(beside[0], "replace it by a whole copy", idx, beside[0], 1) if beside else None
-    return idx(path, 3)[:, None], labels
+    return idx(path, 3)[:, None], idx(beside[0], 1) if beside else None
 
 
 def idx(path, rank):
-    """The uint8 array of an idx file: big-endian int32 magic (0x800 + rank) and shape, bytes."""
+    """The uint8 array of an idx file: magic number and shape as big-endian int32, then bytes."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        magic, *shape = np.frombuffer(file.read(4 + 4 * rank), ">i4").tolist()
-        if magic != 0x800 + rank or len(shape) != rank or min(shape) < 1:
-            raise ValueError(f"it does not start as an idx{rank} file of bytes does")
-        size = bounded(math.prod(shape), IN_MEMORY_BYTES)
-        data = file.read(size + 1)
-    if len(data) != size:
-        raise ValueError(f"it has not the {size:,} bytes of data that its header tells of")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+        _, *shape = np.frombuffer(file.read(4 + 4 * rank), ">i4").tolist()
+        return np.frombuffer(file.read(), np.uint8).reshape(shape)
 
 
 # ---- Data sets downloaded and drawn --------------------------------------------------------------
@@ -489,17 +446,14 @@ def find_built_in(name, folder):
             for file, md5 in MNIST_MD5.items():    # labels first: never the images without them
                 download([url + file for url in MNIST_URLS], folder / file, md5)
         return find_idx(folder)
-    tars = sorted(folder.glob("cifar-10-binary*.tar.gz"))
-    if cifar_folder(folder) or tars:
-        return cifar_folder(folder) or tars[0]
-    return download(CIFAR_URLS, folder / "cifar-10-binary.tar.gz", CIFAR_MD5)
+    tar = folder / "cifar-10-binary.tar.gz"
+    return cifar_folder(folder) or download(CIFAR_URLS, tar, CIFAR_MD5)
 
 
 def download(urls, path, checksum, kind="md5"):
     """The path of a file, downloaded if it is not there, from the first of urls that has it.
 
-    checksum: the first digits of its md5, or of another kind of sum.  The file grows under the name
-    path.part, and gets its own once the sum is right.
+    checksum: how its md5, or another kind of sum, begins.  Until it is right, the file is a .part.
     """
     part, why = path.with_name(path.name + ".part"), []
     if path.is_file():
@@ -518,7 +472,7 @@ def download(urls, path, checksum, kind="md5"):
                 raise ValueError(f"its {kind} sum is wrong, or its end is missing")
             os.replace(part, path)
             return path
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:                 # on to the next address
             part.unlink(missing_ok=True)
             why.append(f"{url}: {' '.join(str(error).split())}")
     raise BadInput(f"{path.name} could not be downloaded ({'; '.join(why)}); try again, or put "
@@ -528,8 +482,8 @@ def download(urls, path, checksum, kind="md5"):
 def digits(n=10_000, seed=0):
     """n images of the digits 0-9, uint8 (n, 3, 16, 16), and their labels, int64 (n,), balanced.
 
-    Pillow's bundled font in random size, weight, tilt, place and colours, bright on dark: drawn
-    three times as large and averaged down.  Fresh digits: another seed.
+    Pillow's own font in random size, weight, tilt, place and colours, bright on dark: drawn three
+    times as large and averaged down.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n, dtype=np.int64) % 10)
@@ -581,9 +535,11 @@ def points(name, n=20_000, seed=0):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] -> uint8; points (n, d) as they are.  A tensor -> an array on the CPU."""
+    """Images in [-1, 1] -> uint8; uint8 and points as they are.  From a tensor to an array."""
     x = x.detach().cpu()
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().numpy() if x.ndim == 4 else x.numpy()
+    if x.ndim == 4 and x.dtype != torch.uint8:
+        x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return x.numpy()
 
 
 def to_float(x):
@@ -655,8 +611,7 @@ def build_denoiser(options, amp=None):
     return Denoiser(model, build_precondition(options), amp)
 
 
-SAVED = {"step": int, "options": dict, "model": dict, "ema": dict, "optimizer": dict,
-         "scaler": dict, "beta": object, "skipped": list, "best": float}       # in a checkpoint
+SAVED = ("step", "options", "model", "ema", "optimizer", "scaler", "beta", "skipped", "best")
 
 
 def checkpoints(run):
@@ -665,19 +620,17 @@ def checkpoints(run):
 
 
 def load_checkpoint(run, device="cpu"):
-    """A checkpoint, or the newest of a run: a dict with SAVED's names.  Never unpickled."""
+    """A checkpoint, or the newest of a run: a dict of what is SAVED.  Nothing is unpickled."""
     path = run if os.path.isfile(run) else (checkpoints(run) or [None])[-1]
     if path is None:
         raise BadInput(f"{run} " + ("has no checkpoint" if os.path.isdir(run) else "does not exist")
                        + "; name a folder that train.py made")
     try:
-        state = attempt(path, "", torch.load, path, map_location=device, weights_only=True)
-        if not all(isinstance(state[name], kind) for name, kind in SAVED.items()):
-            raise TypeError
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {name: state[name] for name in SAVED}
     except Exception as error:      # torch's own text runs over lines and advises to unpickle
         raise BadInput(f"{path} is damaged, or no checkpoint of train.py; name another, or move it "
                        "away, and the one before it is used") from error
-    return state
 
 
 def load_weights(denoiser, weights, run):
@@ -690,15 +643,16 @@ def load_weights(denoiser, weights, run):
 
 
 def load_run(run, device=None, weights="ema"):
-    """The denoiser of a run, in eval mode, and its options, as attributes.
+    """The denoiser of a run, in eval mode, and its options; options.step and .folder are new.
 
     run: a folder that train.py made, or one checkpoint in it.  weights: "ema" (the first of
-    --ema's averages), "raw", or another of --ema's half-lives.  options.step: of the checkpoint.
+    --ema's averages), "raw", or another of --ema's half-lives.
     """
     device = pick_device(device)
     state = load_checkpoint(run, device)
     options = SimpleNamespace(**state["options"])
     options.device, options.step = device, state["step"]
+    options.folder = (os.path.dirname(run) or ".") if os.path.isfile(run) else run
     denoiser = attempt(f"the options of {run}", "name another run", build_denoiser, options)
     averages = state["ema"]
     name = next(iter(averages), None) if weights == "ema" else weights
@@ -747,20 +701,25 @@ def generate(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sc
     steps; None: the run's own.  guide: weight of classifier-free guidance.  steps: rk45 chooses
     its own.  callback(i, x): called after step i with the state x of a batch, for trajectories.
     """
+    return torch.cat(list(drawn(denoiser, options, seeds, sampler, steps, labels, schedule, guide,
+                                batch, callback, **choices)))
+
+
+def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, schedule=None, guide=1.0,
+          batch=64, callback=None, **choices):
+    """What generate gives, batch by batch."""
     choices = check_choices(denoiser, options, sampler, guide, choices)
     schedule = schedule or build_schedule(options)
     t = attempt(f"--steps {steps}", "choose fewer", schedule.time_steps,
                 2 if sampler == "rk45" else steps)
     labels = draw_labels(seeds, options) if labels is None else labels
     D = denoiser if guide == 1 else samplers.guidance(denoiser, denoiser, guide)
-    device, samples = options.device, []
     for i in range(0, len(seeds), batch):
-        own = () if labels is None else (labels[i:i + batch].to(device),)
+        own = () if labels is None else (labels[i:i + batch].to(options.device),)
         odd = [2 * seed + 1 for seed in seeds[i:i + batch]]      # training has the even seeds
-        noise = samplers.seeded_noise(odd, options.shape, device)
+        noise = samplers.seeded_noise(odd, options.shape, options.device)
         x = schedule.sigma(t[0]) * noise()                                        # (b, *shape)
-        samples.append(draw(D, x, own, noise, sampler, schedule, t, choices, callback).cpu())
-    return torch.cat(samples)
+        yield draw(D, x, own, noise, sampler, schedule, t, choices, callback).cpu()
 
 
 def draw(denoise, x, labels, noise, sampler, schedule, t, choices, callback=None):
@@ -846,9 +805,8 @@ def draw_labels(seeds, options):
 def analytic_moments(denoiser, options, count=128):
     """Analytic-DPM's Gamma: noise levels, 33 from .002 to 200, and E|eps_hat|^2/d at each.
 
-    On `count` images of the data, each with a noise and its opposite.  Of |eps_hat|^2 only what it
-    differs from |eps|^2 by is measured: of sigma^2 (1 - Gamma) nothing but the noise of the
-    measurement would be left at large sigma.
+    On `count` images of the data, each with a noise and its opposite.  Only |eps_hat|^2 - |eps|^2
+    is measured: at large sigma, sigma^2 (1 - Gamma) would be lost in the noise of E|eps|^2.
     """
     data = run_data(options)
     g = torch.Generator().manual_seed(options.seed)
@@ -877,8 +835,15 @@ def in_batches(denoise, x, sigma, labels=None, batch=None):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def tile(x, columns=None, cell=64):
-    """Images (n, C, H, W) uint8 -> one PIL image, pixels enlarged; columns None: nearly square."""
+def panel(x, columns, cell=64):
+    """A PIL image of images (n, C, H, W) uint8, each enlarged to about cell x cell, in so many
+    columns (None: as many as rows); or of points (n, d), the first two coordinates within +-1.2."""
+    if x.ndim == 2:
+        page = Image.new("L", (400, 400), 235)
+        pen = ImageDraw.Draw(page)
+        for a, b in (x[:, :2] * [1, -1] / 1.2 + 1) / 2 * 400:
+            pen.rectangle((a, b, a + 1, b + 1), fill=0)
+        return page
     columns = columns or math.ceil(math.sqrt(len(x)))
     rows, zoom = math.ceil(len(x) / columns), max(1, cell // x.shape[-1])
     page = np.zeros((rows * columns, *x.shape[1:]), np.uint8)
@@ -888,22 +853,12 @@ def tile(x, columns=None, cell=64):
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
-def scatter(x, half_width=1.2, side=400):
-    """Points (n, d) -> a PIL image of their first two coordinates, each within +-half_width."""
-    page = Image.new("L", (side, side), 235)
-    pen = ImageDraw.Draw(page)
-    for a, b in (x[:, :2] * [1, -1] / half_width + 1) / 2 * side:
-        pen.rectangle((a, b, a + 1, b + 1), fill=0)
-    return page
-
-
 def save_pictures(path, panels, names=()):
     """One PNG of captioned panels side by side: [(caption, images or points), ...].
 
     names: one for each row of images, as of its class; a panel then has len(names) equal rows.
     """
-    parts = [(text, scatter(x) if x.ndim == 2 else tile(x, len(x) // len(names) if names else None))
-             for text, x in panels]
+    parts = [(text, panel(x, len(x) // len(names) if names else None)) for text, x in panels]
     gap, top, font = 16, 28, ImageFont.load_default(size=16)
     left = gap + max((math.ceil(font.getlength(name)) + gap for name in names), default=0)
     width = [max(image.width, math.ceil(font.getlength(text))) for text, image in parts]
@@ -919,15 +874,12 @@ def save_pictures(path, panels, names=()):
     whole(path, page.save, format="PNG", optimize=True)
 
 
-def save_gif(path, frames, sigma, columns):
-    """A GIF of a sampler's states: frames, x (n, C, H, W) after each step, at levels sigma.
-
-    Each is shown as x/sqrt(1 + (sigma/0.5)^2), of the data's own contrast; the last one stays.
-    """
+def save_gif(path, frames, columns):
+    """A GIF of a sampler's states x (n, ...), each of the contrast of the last one, which stays."""
     pages = []
-    for x, level in zip(frames, sigma.tolist()):
-        page = tile(to_uint8(x / (1 + (level / 0.5) ** 2) ** 0.5), columns, cell=32)
-        pages.append(page.quantize(64))
+    for x in frames:
+        x = to_uint8(x * (frames[-1].std() / x.std()))
+        pages.append(panel(x, columns, cell=32).quantize(64))
     whole(path, pages[0].save, format="GIF", save_all=True, append_images=pages[1:], loop=0,
           duration=[200] * (len(pages) - 1) + [2000])
 
@@ -963,30 +915,26 @@ INCEPTION = f"pt_inception-2015-12-05-{SHA256}.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION
 
 
-def pixel_features(x, side=16):
-    """Images (n, C, H, W) averaged down to at most side x side, or points: float64 (n, d)."""
-    if x.ndim == 4 and x.shape[-1] > side:
-        x = torch.nn.functional.adaptive_avg_pool2d(x, side)
-    return x.flatten(1).double()
-
-
 def extractor(kind, shape, data_dir="data", device="cpu"):
     """(name, extract) of "pixels" or "inception", whose name has its weights' sha256 in it.
 
-    extract: images (n, *shape) uint8, or points -> features (n, d) float64 and the probabilities of
-    classes (n, 1008), or None, on the CPU.  Inception's file is looked for in data_dir, else
-    downloaded to it.
+    extract: images (n, *shape) uint8, or points -> features (n, d) float64 on the CPU, and the
+    probabilities of classes (n, 1008) or None.  Pixels are averaged down to at most 16 x 16.
+    Inception's file is looked for in data_dir, else downloaded to it.
     """
     if kind == "inception" and len(shape) == 1:
         raise BadInput("Inception's features are of images; choose pixels for points")
     if kind == "pixels":
         def extract_pixels(x):
-            return pixel_features(to_float(x)), None
+            x = to_float(x)
+            if x.ndim == 4 and x.shape[-1] > 16:
+                x = torch.nn.functional.adaptive_avg_pool2d(x, 16)
+            return x.flatten(1).double(), None
         return kind, extract_pixels
     path = download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256")
     network = Inception()
     try:
-        network.load_state_dict(attempt(path, "", torch.load, path, "cpu", weights_only=True))
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:      # torch's own text runs over lines and advises to unpickle
         raise BadInput(f"{path} is not Inception's weights, or not whole "
                        f"({type(error).__name__}); put there {INCEPTION_URL}") from error
@@ -1004,15 +952,14 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
 
 @torch.no_grad()
 def measure(batches, extract, count):
-    """Mean (d,) and covariance (d, d) of the features of batches that hold `count` rows, float64;
-    and their class probabilities, or None.
+    """Mean (d,), covariance (d, d) and class probabilities, or None, of batches of `count` rows.
 
     Every rank brings its own batches and gets the moments of all; probabilities are its own.
     """
-    n, x, xx, classes, told = torch.zeros((), dtype=torch.float64), 0, 0, [], None
+    n, x, xx, classes = torch.zeros((), dtype=torch.float64), 0, 0, []
     told = Progress("measuring samples", count)
     for batch in batches:
-        features, p = extract(batch)
+        features, p = extract(torch.from_numpy(to_uint8(batch)))
         n, x, xx = n + len(batch), x + features.sum(0), xx + features.T @ features
         classes.append(p)
         told(int(n))
@@ -1062,16 +1009,17 @@ def inception_score(p, splits=10):
 def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
     """What `num` samples are compared with: at most `most` random rows of the data, as a dict.
 
-    features: a name and function of extractor.  mean, cov and n are those of all these rows; floor
-    is the distance of num of them to the others (NaN with fewer than 2 num), so that of samples
-    which could not be better; classes are the class probabilities of these num.
+    features: of extractor.  mean, cov and n are those of all these rows; floor, the distance of num
+    of them to the others, is what perfect samples reach (NaN with fewer than 2 num rows); classes
+    are the class probabilities of these num.
     """
     rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:most]
     rank, world = ranks()
 
     def moments(rows):
         mine = rows[rank::world]
-        return measure(some_rows(data, mine, batch), features[1], len(mine))
+        batches = (torch.from_numpy(data.x[part.numpy()]) for part in mine.split(batch))
+        return measure(batches, features[1], len(mine))
     mean, cov, classes = moments(rows)
     floor = math.nan
     if 2 * num <= len(rows):
@@ -1080,31 +1028,15 @@ def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
     return dict(mean=mean, cov=cov, n=len(rows), floor=floor, classes=classes)
 
 
-def some_rows(data, rows, batch):
-    """Batches of these rows of a Dataset, as they are."""
-    return (torch.from_numpy(data.x[part.numpy()]) for part in rows.split(batch))
-
-
-def drawn(denoiser, options, seeds, batch=64, labels=None, **how):
-    """generate's samples of many seeds in batches, images as uint8."""
-    choices = {name: value for name, value in how.items() if name in CHOICES}
-    how |= check_choices(denoiser, options, how.get("sampler", "heun"), how.get("guide", 1.0),
-                         choices)                                 # measures "analytic" but once
-    for i in range(0, len(seeds), batch):
-        own = None if labels is None else labels[i:i + batch]
-        x = generate(denoiser, options, seeds[i:i + batch], labels=own, batch=batch, **how)
-        yield torch.from_numpy(to_uint8(x))
-
-
 def run_distance(denoiser, options, num, features, real, **how):
-    """The Frechet distance of num samples, drawn by generate(**how), to real_statistics.
+    """The Frechet distance of num samples, of generate(**how), to `real`, of real_statistics.
 
-    Each rank draws its share: of seeds 0, 1, ..., with classes as often as the data has them.
+    The ranks share the seeds 0, 1, ..., num - 1.
     """
     rank, world = ranks()
-    seeds = range(num)[rank::world]
-    batch = 64 if len(options.shape) > 1 else 4096
-    mean, cov, _ = measure(drawn(denoiser, options, seeds, batch, **how), features[1], len(seeds))
+    seeds, batch = range(num)[rank::world], 64 if len(options.shape) > 1 else 4096
+    samples = drawn(denoiser, options, seeds, batch=batch, **how)
+    mean, cov, _ = measure(samples, features[1], len(seeds))
     return frechet_distance(mean, cov, real["mean"], real["cov"])
 
 
@@ -1116,8 +1048,7 @@ LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)     # sigm
 def held_out(data, options, count=None):
     """(x0, labels) that training does not see, on the device; 64 images or 1000 points by default.
 
-    Fresh draws of a set that is drawn here, else every `holdout`-th row; training rows where that
-    option is 0, or beyond the size of the set.
+    New draws of a built-in set, else every `holdout`-th row.  Without such rows: training rows.
     """
     count, k = count or (64 if data.x.ndim == 4 else 1000), options.holdout
     if options.data in ("digits", *POINT_SETS):
@@ -1193,20 +1124,36 @@ def draw_levels(path, table, title):
         print("(with matplotlib installed, a picture of this table would be drawn)")
         return
     sigma, dsm, stf, _ = zip(*table)
-    page = figure.Figure(figsize=(9, 3.6))
+    page = figure.Figure(figsize=(9, 3.6), layout="tight")
     left, right = page.subplots(1, 2)
     left.loglog(sigma, dsm, label="DSM: against x0")
     left.loglog(sigma, stf, "--", label="STF: against x0's posterior mean")
     left.set(xlabel="noise level sigma", ylabel="weighted loss of one network")
     left.legend(fontsize=8)
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
-    right.set(xlabel="noise level sigma", ylim=(0, 1),
-              ylabel="share of DSM's loss that is chance")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    right.set(xlabel="noise level sigma", ylabel="share of DSM's loss that is chance", ylim=(0, 1))
     page.suptitle(title)
-    page.tight_layout()
     page.savefig(path, dpi=100)
+
+
+def draw_curve(folder):
+    """loss.png: the loss of each step, and its running mean, where matplotlib is installed."""
+    try:
+        from matplotlib import figure
+    except ImportError:
+        return
+    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line))
+    span = max(len(losses) // 20, 1)
+    means = np.convolve(losses, np.ones(span) / span, "valid")
+    page = figure.Figure(figsize=(6, 4))
+    axes = page.subplots()
+    axes.semilogy(steps, losses, linewidth=0.5, label="each step")
+    axes.semilogy(steps[span - 1:], means, label=f"mean of {span} steps")
+    axes.set(xlabel="step", ylabel="loss", title=folder)
+    axes.legend()
+    page.tight_layout()
+    page.savefig(f"{folder}/loss.png", dpi=100)
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -1226,11 +1173,11 @@ def sampling(args):
     """generate's arguments out of the command line, and a line that says them."""
     how = dict(sampler=args.sampler, steps=args.steps, guide=args.guidance,
                schedule=SCHEDULES[args.schedule]() if args.schedule else None)
-    how |= {name: getattr(args, name) for name in CHOICES if getattr(args, name) is not None}
+    how |= {name: getattr(args, name) for name in CHOICES}
+    usual = dict(schedule=None, guidance=1.0, seed=0, weights="ema", **dict.fromkeys(CHOICES))
     text = args.sampler + ("" if args.sampler == "rk45" else f", {args.steps} steps")
-    for name, usual in (("schedule", None), ("guidance", 1.0), ("seed", 0), ("weights", "ema"),
-                        *((name, None) for name in CHOICES)):
-        if getattr(args, name) != usual:
+    for name, value in usual.items():
+        if getattr(args, name) != value:
             text += f", {name} {getattr(args, name)}"
     return how, text
 
@@ -1241,34 +1188,30 @@ def sample(args):
     images = len(options.shape) > 1
     num = args.num or (4000 if not images else 8 * len(options.classes[:10]) or 64)
     labels, names = class_grid(options, num)
+    how, text = sampling(args)
     if args.label is not None:
-        known = list(options.classes)
-        if not any(name.isdigit() for name in known) and args.label not in known:
-            known = [str(k) for k in range(len(known))]           # numbers, where names are words
-        if args.label not in known:
+        if args.label not in options.classes:
             raise BadInput(f"--class {args.label}: " + (
                 f"choose one of {', '.join(options.classes)}" if options.classes else
                 "the run is not class-conditional; leave the option out"))
-        labels, names = torch.full((num,), known.index(args.label)), []
-    how, text = sampling(args)
-    text += f", class {args.label}" if args.label is not None else ""
-    folder = os.path.dirname(args.run) or "." if os.path.isfile(args.run) else args.run
+        labels, names = torch.full((num,), list(options.classes).index(args.label)), []
+        text += f", class {args.label}"
     name = text.replace(" steps", "").replace(", ", "-").replace(" ", "-").replace("/", "-")
-    out = args.out or f"{folder}/{name}.png"
-    check_output("--out", out, ".png", ".npz")
-    if args.gif and (not images or args.sampler == "rk45"):
-        raise BadInput("--gif needs images and another --sampler than rk45")
-    batch, frames = args.batch if images and not args.gif else num, {}
+    out = args.out or f"{options.folder}/{name}.png"
+    if not out.endswith((".png", ".npz")):
+        raise BadInput(f"--out {out} ends neither in .png nor in .npz; choose another name")
+    batch, frames = args.batch if images and not args.gif else num, []
 
     def keep(i, x):
-        frames[i] = x
+        if args.gif:
+            frames.append(x)
     start, counted, parts = time.time(), Counted(denoiser), []
     told = Progress("drawing samples", num)
-    for x in drawn(counted, options, range(args.seed, args.seed + num), batch, labels,
-                   callback=keep if args.gif else None, **how):
-        parts.append(x)
+    for x in drawn(counted, options, range(args.seed, args.seed + num), labels=labels, batch=batch,
+                   callback=keep, **how):
+        parts.append(to_uint8(x))
         told(sum(map(len, parts)))
-    x = torch.cat(parts).numpy()
+    x = np.concatenate(parts)
     if out.endswith(".npz"):
         whole(out, np.savez, images=x, **({} if labels is None else {"labels": labels.numpy()}))
     else:
@@ -1276,21 +1219,8 @@ def sample(args):
     print(f"{num} samples of {args.run} at step {options.step}, {text}, "
           f"NFE {counted.rows / num:g}, {time.time() - start:.1f} s\n{out}")
     if args.gif:
-        schedule = how["schedule"] or build_schedule(options)
-        t = schedule.time_steps(args.steps)[1:]
-        states = [x / schedule.s(t_i) for x, t_i in zip(frames.values(), t)] \
-            if args.sampler in ("heun", "euler", "pc") else list(frames.values())
-        save_gif(f"{out[:-4]}.gif", states, schedule.sigma(t), num // len(names) if names else None)
+        save_gif(f"{out[:-4]}.gif", frames, num // len(names) if names else None)
         print(f"{out[:-4]}.gif")
-
-
-def check_output(option, path, *endings):
-    """BadInput where that file cannot be written: now, not after an hour's work."""
-    if os.path.isdir(path) or not path.endswith(endings):
-        raise BadInput(f"{option} {path} is not a file's name ending in {' or '.join(endings)}; "
-                       "choose another")
-    attempt(path, f"choose another {option}", lambda: open(f"{path}.part", "wb").close())
-    os.remove(f"{path}.part")
 
 
 def fid(args):
@@ -1301,19 +1231,18 @@ def fid(args):
         how, text = sampling(args)
         num, shape = args.num or (2000 if len(options.shape) > 1 else 4000), options.shape
         size = options.size if size is None else size
-        batches = drawn(denoiser, options, range(args.seed, args.seed + num), args.batch, **how)
+        seeds = range(args.seed, args.seed + num)
+        batches = drawn(denoiser, options, seeds, batch=args.batch, **how)
         text = f"{args.run} at step {options.step}, {text}"
-    elif not os.path.exists(args.run) and args.run not in BUILT_IN:
-        raise BadInput(f"{args.run} does not exist; name a run's folder, or images")
     elif not args.ref:
-        raise BadInput(f"{args.run} is no run; if it is images, name others with --ref, to compare "
-                       "them with")
+        raise BadInput(f"{args.run} is no run, or does not exist; name a folder that train.py "
+                       "made, or images, and with --ref others to compare them with")
     else:
         data = load_data(args.run, size, args.data_dir)
         text, shape, num = data.source, data.x.shape[1:], args.num or len(data.x)
         if num > len(data.x):
             raise BadInput(f"--num {num} is more than the {len(data.x)} images there are")
-        batches = some_rows(data, torch.arange(num), args.batch)
+        batches = torch.from_numpy(data.x[:num]).split(args.batch)
     data = load_data(args.ref, size, args.data_dir) if args.ref else run_data(options)
     if tuple(data.x.shape[1:]) != tuple(shape):
         raise BadInput(f"{data.name} has images of shape {tuple(data.x.shape[1:])}, and the "
@@ -1344,17 +1273,15 @@ def levels(args):
     table = noise_table(denoiser, options, run_data(options))
     print(f"{args.run} at step {options.step}\n")
     print_levels(table, options)
-    folder = os.path.dirname(args.run) or "." if os.path.isfile(args.run) else args.run
-    draw_levels(f"{folder}/where-stf-acts.png", table, args.run)
+    draw_levels(f"{options.folder}/where-stf-acts.png", table, args.run)
 
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or float within [low, high]."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not " + (
-                f"at least {low}" if high == math.inf else f"within [{low}, {high}]"))
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -1371,34 +1298,6 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-def shared_arguments():
-    """Two parsers: of the arguments of all commands, and of those that draw samples."""
-    shared, how = Parser(add_help=False), Parser(add_help=False)
-    add = shared.add_argument
-    add("--weights", default="ema", metavar="NAME", help="which weights of the run: ema (the first "
-        "average), raw, or another of its half-lives (default: ema)")
-    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
-    add = how.add_argument
-    add("--num", type=number(int, 2), metavar="N", help="number of samples (default: sample: 80 "
-        "images or 4000 points; fid: 2000 or 4000)")
-    add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, metavar="N",
-        help="sample i has seed N + i (default: 0)")
-    add("--batch", type=number(int, 1), default=64, metavar="N", help="samples drawn together; "
-        "this changes none of them (default: 64)")
-    add("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
-    add("--steps", type=number(int, 1), default=18, metavar="N", help="number of time steps; rk45 "
-        "chooses its own (default: 18)")
-    add("--schedule", choices=SCHEDULES, help="whose time steps (default: the run's own)")
-    add("--guidance", type=number(float, 0), default=1.0, metavar="X", help="weight of classifier-"
-        "free guidance; above 1 exaggerates the class (default: 1, none)")
-    for name, (low, high, text) in CHOICES.items():
-        kind = dict(choices=VARIANCES) if low is None else dict(type=number(float, low, high),
-                                                                metavar="X")
-        owners = [sampler for sampler, own in SAMPLERS.items() if name in own]
-        add(f"--{name}", help=f"{' and '.join(owners)}: {text}", **kind)
-    return shared, how
-
-
 def parser():
     p = Parser(prog="evaluate.py", description="What a run of train.py has learned.", epilog="""\
 examples:
@@ -1406,27 +1305,42 @@ examples:
   python evaluate.py sample runs/000-digits-stf-edm --sampler ddim --eta 0.5 --steps 24
   python evaluate.py fid runs/000-digits-stf-edm --features pixels --num 1000""")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared, how = shared_arguments()
-    c = commands.add_parser("sample", parents=[shared, how], help="draw samples of a run")
-    c.add_argument("run", metavar="RUN", help="folder that train.py made")
-    c.add_argument("--out", metavar="FILE", help="a .png, or an .npz of arrays (default: a .png in "
-                   "RUN)")
-    c.add_argument("--gif", action="store_true", help="write the states of the sampler as a GIF, "
-                   "too")
-    c.add_argument("--class", dest="label", help="name or number of one class (default: all)")
-    f = commands.add_parser("fid", parents=[shared, how], help="the distance to the data, of a "
-                            "run's samples or of images")
-    f.add_argument("run", metavar="RUN|IMAGES", help="folder that train.py made, or any images")
-    f.add_argument("--ref", metavar="PATH", help="images to compare with (default: the data of "
-                   "RUN)")
-    f.add_argument("--size", type=number(int, 1), metavar="N", help="crop and resize all images to "
-                   "N x N")
-    f.add_argument("--features", choices=["inception", "pixels"], help="what the distance is "
-                   "measured on (default: inception for images, pixels for points)")
-    f.add_argument("--data-dir", default="data", metavar="FOLDER", help="folder of downloads, such "
-                   f"as {INCEPTION} (default: data)")
-    n = commands.add_parser("levels", parents=[shared], help="the loss at each noise level")
-    n.add_argument("run", metavar="RUN", help="folder that train.py made")
+    sample = commands.add_parser("sample", help="draw samples of a run")
+    fid = commands.add_parser("fid", help="the distance of samples, or of images, to the data")
+    levels = commands.add_parser("levels", help="the loss at each noise level")
+    for add in (sample.add_argument, fid.add_argument, levels.add_argument):
+        add("run", metavar="RUN", help="folder that train.py made; fid: or any images")
+        add("--weights", default="ema", metavar="NAME", help="ema (the run's first average), raw, "
+            "or another of its half-lives (default: ema)")
+        add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    for add in (sample.add_argument, fid.add_argument):
+        add("--num", type=number(int, 2), metavar="N", help="number of samples (default: sample: "
+            "80 images or 4000 points; fid: 2000 or 4000)")
+        add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, metavar="N",
+            help="sample i has seed N + i (default: 0)")
+        add("--batch", type=number(int, 1), default=64, metavar="N", help="samples drawn "
+            "together; this changes none of them (default: 64)")
+        add("--sampler", choices=SAMPLERS, default="heun", help="default: heun")
+        add("--steps", type=number(int, 1), default=18, metavar="N", help="number of time steps; "
+            "rk45 chooses its own (default: 18)")
+        add("--schedule", choices=SCHEDULES, help="whose time steps (default: the run's own)")
+        add("--guidance", type=number(float, 0), default=1.0, metavar="X", help="weight of "
+            "classifier-free guidance; above 1 exaggerates the class (default: 1, none)")
+        for name, (low, high, text) in CHOICES.items():
+            kind = dict(choices=VARIANCES) if low is None else dict(
+                type=number(float, low, high), metavar="X")
+            owners = [sampler for sampler, own in SAMPLERS.items() if name in own]
+            add(f"--{name}", help=f"{' and '.join(owners)}: {text}", **kind)
+    sample.add_argument("--out", metavar="FILE", help="a .png or .npz (default: a .png in RUN)")
+    sample.add_argument("--gif", action="store_true", help="show the sampler's states, too")
+    sample.add_argument("--class", dest="label", metavar="NAME", help="one class (default: all)")
+    add = fid.add_argument
+    add("--ref", metavar="PATH", help="images to compare with (default: the data of RUN)")
+    add("--size", type=number(int, 1), metavar="N", help="crop and resize all images to N x N")
+    add("--features", choices=["inception", "pixels"], help="what the distance is measured on "
+        "(default: inception for images, pixels for points)")
+    add("--data-dir", default="data", metavar="FOLDER", help="folder of downloads, such as "
+        f"{INCEPTION} (default: data)")
     return p
 
 

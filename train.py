@@ -81,9 +81,9 @@ class Options:
     level_noise: str = option("independent", "sa: a noise for each level, as published "
                               "(independent), or those of one forward path, nearly unbiased (path)",
                               choices=("independent", "path"))
-    windows: str = option("down", "sa: the K levels end at each of 1..T, as published (down), or at "
-                          "each of 0..T+K-1, levels outside 1..T left out, as in the paper (up)",
-                          choices=("down", "up"))
+    windows: str = option("down", "sa: the highest of the K levels is one of 1 to T, as published "
+                          "(down), or of 0 to T+K-1, as in the paper (up); levels outside 1 to T "
+                          "are left out", choices=("down", "up"))
     order: int = option(0, "taylor: order of the polynomial around the clean image", 0, 2)
     head: str = option("none", "train a second output of the network of --init, and nothing else, "
                        "for evaluate.py sample --variance", choices=("none", "sn", "npr"))
@@ -206,8 +206,8 @@ PRESETS = {
                         lr=2e-5, warmup=0, steps=500_000, ema=(55_400,), decay=0.0, beta2=0.999,
                         fid_every=50_000, fid_num=10_000)}
 BELONGS = dict(K=("loss", "sa"), lam=("loss", "sa"), tau=("loss", "sa"),
-               level_noise=("loss", "sa"), windows=("loss", "sa"), order=("loss", "taylor"), P_mean=("schedule", "edm"),
-               P_std=("schedule", "edm"))
+               level_noise=("loss", "sa"), windows=("loss", "sa"), order=("loss", "taylor"),
+               P_mean=("schedule", "edm"), P_std=("schedule", "edm"))
 
 
 def word(name):
@@ -617,7 +617,8 @@ def run(options, folder=None, brief=False):
         NEVER_FREED.append(net)
     weight, held = evaluate.build_weight(options), evaluate.held_out(data, options)
     pixels, labels = on_device(data, device)
-    if device == "cpu" and torch.get_num_threads() > 1:
+    threads = torch.get_num_threads()
+    if device == "cpu" and threads > 1:
         choose_threads(denoiser, options)
     share = range(options.batch * rank // world, options.batch * (rank + 1) // world)
     size = options.micro_batch or len(share)
@@ -692,6 +693,7 @@ def run(options, folder=None, brief=False):
         report(folder, options, data, denoiser, ema, log, time.time() - start)
     total(torch.zeros(1))                                 # no rank leaves before the report is done
     lock.close()
+    torch.set_num_threads(threads)                        # sampling may be faster with more
     if not done:
         print(f"stopped by a signal; to go on: python train.py --resume {folder}")
         sys.exit(128 + stop)
@@ -1007,31 +1009,11 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     log.write(options.steps, report=dict(frechet_pixels=distance, floor=real["floor"], count=count,
                                          loss_by_sigma=table))
     evaluate.draw_levels(f"{folder}/where-stf-acts.png", table, f"{folder}: where STF acts")
-    draw_curve(folder)
+    evaluate.draw_curve(folder)
     save_samples(folder, options.steps, denoiser, ema, options, data)
     print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
           f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
           f"next        python evaluate.py sample {folder}")
-
-
-def draw_curve(folder):
-    """loss.png: the loss of each step, and its running mean, where matplotlib is installed."""
-    try:
-        from matplotlib import figure
-    except ImportError:
-        return
-    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line))
-    span = max(len(losses) // 20, 1)
-    means = np.convolve(losses, np.ones(span) / span, "valid")
-    page = figure.Figure(figsize=(6, 4))
-    axes = page.subplots()
-    axes.semilogy(steps, losses, linewidth=0.5, label="each step")
-    axes.semilogy(steps[span - 1:], means, label=f"mean of {span} steps")
-    axes.set(xlabel="step", ylabel="loss", title=folder)
-    axes.legend()
-    page.tight_layout()
-    page.savefig(f"{folder}/loss.png", dpi=100)
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -11,7 +10,6 @@ import re
 import shutil
 import struct
 import tarfile
-import threading
 import time
 import zipfile
 import zlib
@@ -104,16 +102,15 @@ def test_digits_are_the_same_each_time_and_balanced(digits):
     assert len({digits.fingerprint, some.fingerprint, small.fingerprint}) == 3
 
 
-@pytest.mark.parametrize("name", ["digits", "checkerboard"])
-def test_fresh_rows_are_in_no_set_that_is_trained_on(name, request):
-    data = request.getfixturevalue("digits") if name == "digits" else load_data(name)
-    fresh = load_data(name, fresh=100)
-    assert len(fresh.x) == 100
-    assert not {row.tobytes() for row in data.x} & {row.tobytes() for row in fresh.x}
+def test_fresh_rows_are_in_no_set_that_is_trained_on(digits):
+    for data in (digits, load_data("checkerboard")):
+        fresh = load_data(data.name, fresh=100).x
+        assert len(fresh) == 100
+        assert not {row.tobytes() for row in data.x} & {row.tobytes() for row in fresh}
 
 
 def test_digits_are_whole_in_contrast_and_legible_to_nearest_neighbours(digits):
-    """The ink is seen through the two colours; the nearest of 2000 digits tells 98 % of others."""
+    """The ink is seen through the two colours; the nearest of 2000 digits tells what one is."""
     def ink(x):
         x = x.astype(float).mean(1)                                              # (n, 16, 16)
         low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
@@ -208,6 +205,11 @@ def test_zip_in_edm_layout():
         data = load_data(path)
         assert (data.x == channels_first(x)).all() and data.labels.tolist() == [2, 1, 0, 1]
         assert data.classes == ["0", "2", "4"]
+    around = {f"top/{name}": content for name, content in files.items()}
+    back = {name.replace("/", "\\"): content for name, content in around.items()}
+    for path in (write_zip("top.zip", around), write_folder("inside", around),
+                 write_zip("back.zip", back)):
+        assert load_data(path).fingerprint == data.fingerprint
     files["dataset.json"] = b'{"labels": null}'
     assert load_data(write_zip("unlabelled.zip", files)).labels is None
 
@@ -310,23 +312,21 @@ def test_images_that_look_alike_load_alike_whatever_is_under_their_transparent_p
             assert (x == np.where(where, 255, want)).all()
 
 
-def png_of_16_bits(channels):
-    """Pillow cannot write one: 8x8, RGB, with or without alpha."""
+def png_of_16_bits():
+    """Pillow cannot write one: 8x8, RGB."""
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(
             ">I", zlib.crc32(name + content))
-    head = struct.pack(">IIBBBBB", 8, 8, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in noise(8, 16 * channels))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + \
-        chunk(b"IEND", b"")
+    rows = b"".join(b"\0" + row.tobytes() for row in noise(8, 48))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 DEEP = noise(8, 8).astype(np.int32) * 255
 DEEP_FILES = {"16-bit gray": (encoded(DEEP.astype(np.uint16)), ".png"),
               "32-bit gray": (encoded(DEEP, "TIFF"), ".tif"),
               "float": (encoded(DEEP.astype(np.float32), "TIFF"), ".tif"),
-              "16-bit RGB": (png_of_16_bits(3), ".png"),
-              "16-bit RGB with alpha": (png_of_16_bits(4), ".png")}
+              "16-bit RGB": (png_of_16_bits(), ".png")}
 
 
 @pytest.mark.parametrize("name", DEEP_FILES)
@@ -378,20 +378,16 @@ def test_large_set_is_decoded_once_into_a_cache_file(monkeypatch):
     assert (again.x == plain.x).all() and again.fingerprint == first.fingerprint
     write_folder("f", {"1.png": encoded(x[0])})
     os.utime("f/1.png", (1, 1))
-    changed = load_data("f")
-    assert (changed.x == plain.x[[0, 0, 2, 3]]).all()
-    assert load_data("f", size=2).x.shape == (4, 3, 2, 2)
+    assert (load_data("f").x == plain.x[[0, 0, 2, 3]]).all()
     write_folder("f", {"2.png": b"damaged"})
     with pytest.raises(BadInput, match="f/2.png"):
         load_data("f")
-    assert len(os.listdir(cache)) == 3             # nothing half done is left
-    write_folder("f", {"2.png": encoded(x[2])})
-    os.utime("f/2.png", (2, 2))
-    load_data("f")
-    for file in cache.iterdir():
-        file.write_bytes(b"damaged")
-    with pytest.raises(BadInput, match="cannot use data/cache/.*; delete it"):
-        load_data("f")
+    assert len(os.listdir(cache)) == 2             # nothing half done is left
+    write_zip("z.zip", pngs(x))
+    assert (load_data("z.zip").x == plain.x).all()
+    next(cache.glob("z-*")).write_bytes(b"damaged")
+    with pytest.raises(BadInput, match="cannot use data/cache/z-.*; delete it"):
+        load_data("z.zip")
 
 
 def test_a_full_disk_is_told_before_decoding(monkeypatch):
@@ -401,29 +397,15 @@ def test_a_full_disk_is_told_before_decoding(monkeypatch):
     with pytest.raises(BadInput, match="cannot use file/cache"):       # no folder can be there
         load_data("f", data_dir="file")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=1000))
-    with pytest.raises(BadInput, match="no room .* --data-dir with 64 bytes"):
+    with pytest.raises(BadInput, match="no room for 64 bytes; .* --data-dir"):
         load_data("f")
 
 
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(monkeypatch):
     write_folder("f", pngs(noise(4, 4, 4)))
-    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=PermissionError("not for you")))
+    monkeypatch.setattr(Path, "iterdir", mock.Mock(side_effect=PermissionError("not for you")))
     with pytest.raises(BadInput, match="not for you"):
         load_data("f")
-
-
-def test_what_would_fill_the_memory_is_refused(monkeypatch):
-    write_folder("f", pngs(noise(4, 4, 4)))
-    write_zip("a.zip", pngs(noise(4, 4, 4)))
-    write_tar("a.tar.gz", {"data_batch_1.bin": records([1] * 4, noise(4, 3, 32, 32))})
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "MEMBER_BYTES", 50)
-        for name in ("f", "a.zip", "a.tar.gz"):
-            with pytest.raises(BadInput, match=f"{name}.* bytes are more than the 50"):
-                load_data(name)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
-    with pytest.raises(BadInput, match="0.png: .*bomb"):
-        load_data("a.zip")
 
 
 # ---- Array files, CIFAR-10, MNIST ----------------------------------------------------------------
@@ -457,11 +439,8 @@ def test_large_npy_stays_on_disk(monkeypatch):
     assert not Path("data").exists()
     np.save("a.npy", x[::-1])
     assert load_data("a.npy").fingerprint != data.fingerprint
-    small = load_data("a.npy", size=6)
-    assert len(os.listdir("data/cache")) == 1 and (small.x == channels_first(x[::-1])).all()
-    np.savez("b.npz", images=x)                    # which cannot be mapped
-    with pytest.raises(BadInput, match="numpy.save"):
-        load_data("b.npz")
+    small = load_data("a.npy", size=5)
+    assert len(os.listdir("data/cache")) == 1 and isinstance(small.x, np.memmap)
 
 
 def test_cifar10_tar_folder_and_bin():
@@ -473,7 +452,7 @@ def test_cifar10_tar_folder_and_bin():
     inside = {f"cifar-10-batches-bin/{name}": content for name, content in files.items()}
     write_folder("here", inside)
     os.mkdir("there")
-    tar = write_tar("there/cifar-10-binary-part.tar.gz", inside)
+    tar = write_tar("there/cifar-10-binary.tar.gz", inside)
     found = [load_data("cifar10", data_dir="here"), load_data("cifar10", data_dir="there"),
              load_data("here"), load_data("here/cifar-10-batches-bin"), load_data(tar)]
     for data in found:
@@ -481,7 +460,7 @@ def test_cifar10_tar_folder_and_bin():
         assert data.classes == ["airplane", "automobile", "cat", "truck"]
         assert data.fingerprint == found[0].fingerprint
     assert [data.name for data in found] == ["cifar10", "cifar10", "here", "cifar-10-batches-bin",
-                                             "cifar-10-binary-part"]
+                                             "cifar-10-binary"]
     one = load_data("here/cifar-10-batches-bin/test_batch.bin")
     assert (one.x == x[4:]).all() and one.classes == ["automobile", "bird"]
 
@@ -522,90 +501,56 @@ def test_progress_is_a_line_now_and_then_on_a_pipe_and_one_line_on_a_terminal(mo
     lines = told(monkeypatch, terminal=False, step=2).splitlines()
     assert 2 <= len(lines) <= 3                                        # in about 40 seconds
     screen = told(monkeypatch, terminal=True, step=1)
-    assert screen.count("\n") == 1 and screen.endswith("\n") and screen.startswith("\r")
+    assert screen.count("\n") == 1 and screen.startswith("\r") and screen.endswith("\n")
     rewritten = screen[1:-1].split("\r")
-    assert len(rewritten) >= 19 and {len(line) for line in rewritten} == {79}
     assert rewritten[-1].startswith("reading images: 20 of 20, 0:00 left")
     for line, step in ((lines[0], 2), (rewritten[9], 1)):
-        done, left = map(int, re.fullmatch(r"reading images: (\d+) of 20, 0:(\d\d) left *",
-                                           line).groups())
+        done, left = map(int, re.findall(r"images: (\d+) of 20, 0:(\d\d) left", line)[0])
         assert left == pytest.approx(step * (20 - done), rel=0.2)
 
 
 # ---- Downloads -----------------------------------------------------------------------------------
 
-class Mirror(http.server.BaseHTTPRequestHandler):
-    """/whole has the file, /wrong another one, /cut half of it, /gone none, /noise is no server."""
-
-    def do_GET(self):
-        self.server.log.append(self.path)
-        content = self.server.content[::-1] if self.path == "/wrong" else self.server.content
-        if self.path == "/noise":
-            self.wfile.write(b"this is not http\r\n\r\n")
-        elif self.path == "/gone":
-            self.send_error(404)
-        else:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[:len(content) // 2] if self.path == "/cut" else content)
-
-    def log_message(self, *args):
-        pass
+def mirrored(monkeypatch, *places):
+    """cifar10 comes from these places below the folder `mirror`: whole/ has it, cut/ half of it."""
+    content = Path(write_tar("x", {"data_batch_1.bin": records([1, 2, 1, 2], noise(4, 3, 32, 32))}
+                             )).read_bytes()
+    write_folder("mirror", {"whole": content, "cut": content[:len(content) // 2]})
+    monkeypatch.setattr(evaluate, "CIFAR_MD5", hashlib.md5(content).hexdigest())
+    mirror = Path("mirror").resolve().as_uri()
+    monkeypatch.setattr(evaluate, "CIFAR_URLS", ["http://127.0.0.1:1/x", "nonsense:",
+                                                 *[f"{mirror}/{place}" for place in places]])
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A server from which cifar10 comes; server.log has its requests."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
-    files = {"data_batch_1.bin": records([1, 2, 1, 2], noise(4, 3, 32, 32))}
-    server.log, server.content = [], Path(write_tar("x", files)).read_bytes()
-    monkeypatch.setattr(evaluate, "CIFAR_MD5", hashlib.md5(server.content).hexdigest())
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def from_mirrors(monkeypatch, server, *paths, **how):
-    urls = [f"http://127.0.0.1:{server.server_port}{path}" for path in paths]
-    monkeypatch.setattr(evaluate, "CIFAR_URLS", ["http://127.0.0.1:1/x", "nonsense:", *urls])
-    return load_data("cifar10", **how)
-
-
-def test_a_download_comes_whole_from_the_first_mirror_that_has_it_and_once(server, monkeypatch):
+def test_a_download_comes_whole_from_the_first_mirror_that_has_it_and_once(monkeypatch):
+    mirrored(monkeypatch, "gone", "cut", "whole", "never")
     for _ in range(2):
-        paths = "/wrong", "/gone", "/noise", "/cut", "/whole"
-        data = from_mirrors(monkeypatch, server, *paths, "/never")
-        assert data.labels.tolist() == [0, 1, 0, 1] and server.log == [*paths]
+        assert load_data("cifar10").labels.tolist() == [0, 1, 0, 1]
+        shutil.rmtree("mirror", ignore_errors=True)
     assert os.listdir("data") == ["cifar-10-binary.tar.gz"]
-    assert Path("data/cifar-10-binary.tar.gz").read_bytes() == server.content
 
 
-def test_a_download_that_fails_everywhere_says_which_file_to_put_where(server, monkeypatch):
+def test_a_download_that_fails_everywhere_says_which_file_to_put_where(monkeypatch):
+    mirrored(monkeypatch, "gone", "cut")
     with pytest.raises(BadInput) as refusal:
-        from_mirrors(monkeypatch, server, "/gone", "/wrong", "/cut", data_dir="my/data")
+        load_data("cifar10", data_dir="my/data")
     text = str(refusal.value)
-    for part in ("refused", "nonsense", "404", "/wrong: its md5 sum is wrong", "/cut: "):
+    for part in ("refused", "nonsense", "No such file", "/cut: its md5 sum is wrong",
+                 "put that file into the folder my/data by hand"):
         assert part in text, part
     assert text.startswith("cifar-10-binary.tar.gz could not be downloaded") and "\n" not in text
-    assert "put that file into the folder my/data" in text
     assert os.listdir("my/data") == []             # no part that would be taken for the file
 
 
 def test_mnist_is_downloaded_with_its_labels_or_not_at_all(monkeypatch):
     write_folder("mirror", {"train-images-idx3-ubyte.gz": gzip.compress(idx(noise(4, 28, 28))),
                             "train-labels-idx1-ubyte.gz": gzip.compress(idx(np.uint8([5, 0] * 2)))})
-    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest()
-            for path in Path("mirror").iterdir()}
-    monkeypatch.setattr(evaluate, "MNIST_URLS", ("file:///no/", Path("mirror").resolve().as_uri() +
-                                                 "/"))
-    monkeypatch.setattr(evaluate, "MNIST_MD5", sums | {"train-labels-idx1-ubyte.gz": "0" * 32})
-    with pytest.raises(BadInput, match="train-labels-idx1-ubyte.gz could not"):
+    sums = {name: hashlib.md5(Path("mirror", name).read_bytes()).hexdigest()
+            for name in evaluate.MNIST_MD5}
+    monkeypatch.setattr(evaluate, "MNIST_URLS", [Path("mirror").resolve().as_uri() + "/"])
+    with pytest.raises(BadInput, match="train-labels-idx1-ubyte.gz could not"):      # other sums
         load_data("mnist")
-    monkeypatch.setattr(evaluate, "MNIST_MD5", {name: sums[name] for name in evaluate.MNIST_MD5})
+    monkeypatch.setattr(evaluate, "MNIST_MD5", sums)
     assert load_data("mnist").labels.tolist() == [1, 0, 1, 0]
     shutil.rmtree("mirror")
     assert load_data("mnist").labels.tolist() == [1, 0, 1, 0]

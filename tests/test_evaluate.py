@@ -16,7 +16,6 @@ import evaluate
 import train
 from evaluate import (SAMPLERS, VARIANCES, BadInput, denoising_error, frechet_distance, generate,
                       load_data, load_run, noise_table, run_distance)
-from networks import Inception
 from schedules import SCHEDULES
 
 TINY = "--width 8 --mult 1,1 --blocks 1 --batch 8 --warmup 0 --sample-steps 1 --eval-every 0"
@@ -117,18 +116,6 @@ def test_samples_start_from_noise_that_training_does_not_draw():
     drawn = [torch.randn(2, generator=train.generator(0, step, stream))
              for step in range(8) for stream in range(4)]
     assert torch.cdist(starts[0], torch.stack(drawn)).min() > 1e-3
-
-
-def test_limits_of_the_choices_are_other_samplers(images):
-    def samples(*given, **how):
-        return generate(by_class, images, range(3), *given, steps=6, **how)
-    for same in (samples("edm-stochastic"), samples("edm-stochastic", S_churn=3.0, S_tmin=1e4),
-                 samples("edm-stochastic", S_churn=3.0, S_tmax=1e-4)):
-        assert torch.allclose(same, samples("heun"), rtol=1e-4, atol=1e-5)
-    for same in (samples("ddim", eta=0.0), samples("euler-maruyama", beta=0.0)):
-        assert torch.allclose(same, samples("euler"), rtol=1e-4, atol=1e-5)
-    last = samples("ddim", eta=1.0) - samples("ddpm")      # DDPM's last noise may be twice DDIM's
-    assert last.abs().max() < 0.05 < samples("ddpm").std()
 
 
 CHOICES = sorted({(sampler, choice) for sampler in SAMPLERS for choice in SAMPLERS[sampler]})
@@ -295,7 +282,7 @@ def test_a_picture_shows_every_image_unchanged(run, capsys):
 
 def test_samples_are_saved_from_minus_1_to_1_as_0_to_255_and_clipped(run, monkeypatch):
     levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5, 0.0, 0.0]).expand(1, 3, 8, 8)
-    monkeypatch.setattr(evaluate, "generate", lambda *given, **how: levels.repeat(2, 1, 1, 1))
+    monkeypatch.setattr(evaluate, "drawn", lambda *given, **how: [levels, levels])
     assert draw(run, "--num", 2)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 191, 128, 128]
 
 
@@ -307,28 +294,27 @@ def test_names_of_pictures_tell_their_choices_apart(run, monkeypatch, capsys):
         names.add(capsys.readouterr().out.split()[-1])
     assert len(names) == 8 and str(run / "ddpm-1-variance-beta.png") in names
     monkeypatch.chdir(run)                         # of a checkpoint's name: into its folder
-    assert evaluate.main("sample checkpoint-0000005.pt --num 2 --steps 2".split()) == 0
+    assert evaluate.main("sample checkpoint-0000005.pt --num 2 --steps 1".split()) == 0
     assert Path(capsys.readouterr().out.split()[-1]).resolve().parent == run
 
 
 def test_a_gif_shows_the_state_after_each_step_and_ends_with_the_samples(images, tmp_path,
                                                                          monkeypatch):
-    """The states stand in the frame s(t) x in pc, and not in ddpm: each frame has full contrast."""
+    """Each frame has full contrast: in heun and pc, whose states are s(t) x, and in ddpm, of x."""
     monkeypatch.chdir(tmp_path)
-    images = SimpleNamespace(**vars(images), step=1)
+    images = SimpleNamespace(**vars(images), step=1, folder=".")
     monkeypatch.setattr(evaluate, "load_run", lambda *given: (by_class, images))
     for sampler in ("heun", "pc", "ddpm"):
         line = f"sample RUN --gif --schedule vp --sampler {sampler} --num 4 --steps 5 --out x.npz"
-        assert evaluate.main(line.split()) == 0
+        assert evaluate.main([*line.split(), "--batch", "3"]) == 0
         x = np.load("x.npz")["images"].reshape(2, 2, 3, 8, 8).transpose(0, 3, 1, 4, 2)
-        frames = []
         with Image.open("x.gif") as gif:
+            assert gif.n_frames in (4, 5)                              # Pillow joins equal ones
             for i in range(gif.n_frames):
                 gif.seek(i)
-                frames.append(np.asarray(gif.convert("RGB")).astype(int)[::4, ::4])
-        assert len(frames) == 5 and abs(frames[-1] - x.reshape(16, 16, 3)).mean() < 20
-        assert all(frame.std() > 0.5 * frames[-1].std() for frame in frames)
-    assert evaluate.main(["sample", *line.split()[1:], "--sampler", "rk45"]) == 2
+                frame = np.asarray(gif.convert("RGB")).astype(int)[::4, ::4]
+                assert 0.8 < frame.std() / x.std() < 1.2
+        assert abs(frame - x.reshape(16, 16, 3)).mean() < 20
 
 
 # ---- Distances -----------------------------------------------------------------------------------
@@ -546,14 +532,17 @@ def test_inception_is_downloaded_once_by_its_sha256(run, small, monkeypatch, cap
     argv = [run, "--num", 20, "--steps", 2]
     assert evaluate.main(["fid", *map(str, argv)]) == 2
     assert "sha256" in capsys.readouterr().err and not list(Path("data").iterdir())
-    digest = hashlib.sha256(small.read_bytes()).hexdigest()
-    monkeypatch.setattr(evaluate, "SHA256", digest[:8])
+    digest, published = hashlib.sha256(small.read_bytes()).hexdigest()[:8], evaluate.SHA256
+    monkeypatch.setattr(evaluate, "SHA256", digest)
     values, text = fid(capsys, *argv)
     assert [path.name for path in Path("data").iterdir()] == [evaluate.INCEPTION]
-    assert list(values) == ["fid_20", "IS"] and f"features of inception {digest[:8]}\n" in text
+    assert list(values) == ["fid_20", "IS"] and f"features of inception {digest}\n" in text
     assert "published" not in text and 1 <= values["IS"][0] <= 5
     small.unlink()                                                       # not a second time
-    assert fid(capsys, *argv)[0] == values
+    monkeypatch.setattr(evaluate, "SHA256", published)                   # weights of one's own
+    Path("data").rename("mine")
+    again, text = fid(capsys, *argv, "--data-dir", "mine")
+    assert again == values and "not the published weights" in text
 
 
 def test_tf32_is_off_while_features_are_computed_and_back_afterwards(small):
@@ -571,20 +560,3 @@ def test_tf32_is_off_while_features_are_computed_and_back_afterwards(small):
     assert after == [True, True]
     assert features.dtype == torch.float64 and features.tolist() == [[7.0] * 3] * 2
     assert p.shape == (2, 5) and p.sum(1).tolist() == pytest.approx([1, 1])
-
-
-def test_fid_through_the_whole_inception_with_weights_of_ones_own(tmp_path, monkeypatch, capsys):
-    """Random weights in the published layout, four gray images against four."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    path = Path("mine", evaluate.INCEPTION)
-    path.parent.mkdir()
-    torch.save(Inception().state_dict(), path)
-    x = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
-    np.savez("x.npz", images=x[:4]), np.savez("y.npz", images=x[2:])
-    values, text = fid(capsys, "x.npz", "--ref", "y.npz", "--data-dir", "mine")
-    assert list(values) == ["fid_4", "IS"] and values["fid_4"][0] > 0 and 1 <= values["IS"][0] <= 4
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    for part in (f"inception {digest}", "the covariance of 4 rows in 2048 dimensions is singular",
-                 "not the published weights"):
-        assert part in text, part
