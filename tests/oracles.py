@@ -1,4 +1,4 @@
-"""oracles.py: what the tests of losses.py share: seeded noise, Gaussian data, standard errors."""
+"""oracles.py: what the tests share: seeded noise, comparisons, Gaussian data, standard errors."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,19 +12,21 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=generator(seed), dtype=dtype)
 
 
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(got, want, rtol=1e-9, atol=1e-12):
+    """Equal within the tolerances; `want` is a tensor like `got`, or numbers."""
+    if not torch.is_tensor(want):
+        want = torch.tensor(want, dtype=got.dtype).expand_as(got)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
 def shaped(values, x):
     """values (B,) or (K, B) -> (..., 1, ..., 1), which broadcasts with x (B, ...)."""
     values = torch.as_tensor(values).to(x)
     return values.view(*values.shape, *[1] * (x.ndim - 1))
-
-
-def recorded(denoise, calls):
-    """denoise, which now appends the number of rows of each of its calls to the list `calls`."""
-    def recording(x, sigma):
-        assert len(sigma) == len(x)
-        calls.append(len(x))
-        return denoise(x, sigma)
-    return recording
 
 
 class Largest(TorchDispatchMode):
@@ -68,7 +70,7 @@ def largest_z(samples):
 
 # ---- Gaussian data -------------------------------------------------------------------------------
 
-MEAN, VARIANCE = torch.tensor([0.3, -1.0]).double(), torch.tensor([1.0, 0.1]).double()
+MEAN, VARIANCE = tensor(0.3, -1.0), tensor(1.0, 0.1)
 
 
 def gaussian_batch(B, seed, low=0.1, high=3.0):

@@ -9,18 +9,14 @@ import pytest
 import torch
 
 from losses import augment, augment_labels, augmented_stf_target, draw_augmentation, stf_target
-from oracles import Largest, generator, randn
+from oracles import Largest, close, generator, randn, tensor
 
 PI = math.pi
 
 
-def tensor(rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
 def parameters(**named):
     """a (1, 8) from a0=..., a1=..., zero where not named."""
-    return tensor([[named.get(f"a{i}", 0) for i in range(8)]])
+    return tensor([named.get(f"a{i}", 0) for i in range(8)])
 
 
 def drawn(B, seed, p=1.0):
@@ -80,8 +76,7 @@ def test_labels_are_the_tables_conditioning():
             (dict(a3=r), {3: math.cos(r) - 1, 4: math.sin(r)}),
             (dict(a4=r, a5=1.3), {5: 1.3 * math.cos(r), 6: 1.3 * math.sin(r)}),
             (dict(a6=0.4), {7: 0.4}), (dict(a7=-0.4), {8: -0.4})):
-        want = tensor([[want.get(k, 0) for k in range(9)]])
-        torch.testing.assert_close(augment_labels(parameters(**given)), want, rtol=1e-12, atol=0)
+        close(augment_labels(parameters(**given)), tensor([want.get(k, 0) for k in range(9)]))
 
 
 # ---- Geometry ------------------------------------------------------------------------------------
@@ -90,15 +85,15 @@ def test_labels_are_the_tables_conditioning():
 
 def rotate(r):
     c, s = math.cos(r), math.sin(r)
-    return tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    return tensor([c, -s, 0], [s, c, 0], [0, 0, 1])
 
 
 def scale(x, y):
-    return tensor([[x, 0, 0], [0, y, 0], [0, 0, 1]])
+    return tensor([x, 0, 0], [0, y, 0], [0, 0, 1])
 
 
 def translate(x, y):
-    return tensor([[1, 0, x], [0, 1, y], [0, 0, 1]])
+    return tensor([1, 0, x], [0, 1, y], [0, 0, 1])
 
 
 def matrix(a, H):
@@ -131,30 +126,6 @@ def squared_error(a, H, period, direction, phase, A=None):
     return 2 * ((got - wave(source, period, direction, phase))[inside] ** 2).mean().item()
 
 
-ALONE = {"x-flip": dict(a0=1), "y-flip": dict(a1=1), "larger": dict(a2=1.5),
-         "smaller": dict(a2=-1.5), "rotation": dict(a3=0.6), "anisotropy": dict(a4=0.5, a5=1.5),
-         "right": dict(a6=0.7), "down": dict(a7=0.7),
-         "all": dict(a0=1, a1=1, a2=0.5, a3=2.0, a4=0.5, a5=1.0, a6=0.3, a7=-0.4)}
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_each_transform_moves_a_wave_to_where_its_matrix_does(name):
-    """A wave of 16 pixels within 2 % of its size; with the sign changed, four times as far off."""
-    a, directions = parameters(**ALONE[name]), (0.3, 1.1, 2.9)
-    for H in (8, 15, 32):
-        assert max(squared_error(a, H, 16, d, 0.4) for d in directions) < 0.02 ** 2
-        wrong = matrix(parameters(), H) if "flip" in name else matrix(-a, H)
-        assert max(squared_error(a, H, 16, d, 0.4, wrong) for d in directions) > 0.08 ** 2
-
-
-def test_rotation_by_a_small_a3_is_counter_clockwise_as_seen():
-    """ROTATE2D(-a3) with y down: what is right of the centre rises."""
-    image = torch.zeros(1, 1, 9, 9).double()
-    image[..., 4, 7] = 1
-    peak = augment(image, parameters(a3=PI / 4)).flatten().argmax().item()
-    assert (peak // 9, peak % 9) == (2, 6)
-
-
 ANISOTROPY = dict(a4=0.5, a5=1.5)
 
 
@@ -163,11 +134,18 @@ ANISOTROPY = dict(a4=0.5, a5=1.5)
     (dict(a0=1), dict(a6=0.7)), (dict(a1=1), dict(a7=0.7)), (dict(a2=1.5), dict(a6=0.7)),
     (dict(a3=0.6), ANISOTROPY), (dict(a3=0.6), dict(a6=0.7)), (ANISOTROPY, dict(a6=0.7))])
 def test_the_order_of_composition_is_the_tables(first, second):
-    """The pairs that do not commute: the other order would be seen."""
-    A, B, a = matrix(parameters(**first), 16), matrix(parameters(**second), 16), first | second
-    right, wrong = (max(squared_error(parameters(**a), 16, 12, d, 0.4, M) for d in (0.3, 1.9))
-                    for M in (B @ A, A @ B))
-    assert right < 0.03 ** 2 and wrong > 0.1 ** 2
+    """The pairs that do not commute: the other order would be seen, and so would a wrong sign."""
+    for H in (15, 16):
+        A, B = matrix(parameters(**first), H), matrix(parameters(**second), H)
+        right, wrong = (max(squared_error(parameters(**first, **second), H, 12, d, 0.4, M)
+                            for d in (0.3, 1.9)) for M in (B @ A, A @ B))
+        assert right < 0.03 ** 2 and wrong > 0.1 ** 2
+
+
+def test_all_transforms_at_once_move_a_wave_to_where_their_matrix_does():
+    a = parameters(a0=1, a1=0, a2=0.5, a3=2.0, a4=0.5, a5=1.0, a6=0.3, a7=-0.4)
+    for H in (8, 32):
+        assert max(squared_error(a, H, 16, d, 0.4) for d in (0.3, 1.1, 2.9)) < 0.02 ** 2
 
 
 def test_flips_are_exact():
@@ -178,14 +156,11 @@ def test_flips_are_exact():
         assert torch.equal(got[row], images[row].flip(axes))
 
 
-@pytest.mark.parametrize("H", [8, 15])
-def test_quarter_turns_are_those_of_rot90(H):
-    images = randn(1, 3, H, H)
-    for turns in (1, 2, 3, -1):
-        got = augment(images, parameters(a3=turns * PI / 2))
-        torch.testing.assert_close(got, images.rot90(turns, (2, 3)), rtol=0, atol=1e-5)
-        got = augment(images.float(), parameters(a3=turns * PI / 2).float())
-        assert (got - images.rot90(turns, (2, 3))).abs().max() < 1e-4
+def test_quarter_turns_are_those_of_rot90():
+    """Counter-clockwise as seen: the table's ROTATE2D(-a3), with y down."""
+    for H, turns, dtype in ((8, 1, torch.float64), (15, 2, torch.float64), (15, -1, torch.float32)):
+        images, a = randn(1, 3, H, H).to(dtype), parameters(a3=turns * PI / 2).to(dtype)
+        close(augment(images, a), images.rot90(turns, (2, 3)), rtol=0, atol=1e-4)
 
 
 def test_whole_pixel_shifts_are_a_roll_with_the_border_reflected():
@@ -194,10 +169,10 @@ def test_whole_pixel_shifts_are_a_roll_with_the_border_reflected():
     def source(shift):                          # ... 2 1 0 0 1 2 ... 7 7 6 ...: the edge twice
         k = (torch.arange(H) - shift) % (2 * H)
         return torch.where(k < H, k, 2 * H - 1 - k)
-    for dx, dy in ((1, 0), (0, -2), (3, 5), (-8, 9), (20, -37)):
+    for dx, dy in ((1, 0), (3, -2), (20, -37)):
         want = images[:, :, source(dy)][:, :, :, source(dx)]
         got = augment(images, parameters(a6=8 * dx / H, a7=8 * dy / H))
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        close(got, want, rtol=0, atol=1e-5)
 
 
 def test_error_on_waves_of_4_pixels_and_longer():
@@ -205,7 +180,7 @@ def test_error_on_waves_of_4_pixels_and_longer():
     directions is at most 3.5, and that of one direction at most 4.5 (diagonal waves of 5 pixels).
     """
     turns = [0.1 + 2 * PI * (k + 0.5) / 7 for k in range(7)]
-    for period in (4, 5, 6, 8, 12, 16):
+    for period in (4, 5, 8, 16):
         by_direction = []
         for direction in torch.linspace(0, PI, 9)[:-1].tolist():
             errors = [squared_error(parameters(a3=r), 32, period, direction, phase=5 * r)
@@ -216,21 +191,17 @@ def test_error_on_waves_of_4_pixels_and_longer():
         assert period < 12 or worst < 0.02 ** 2
 
 
-@pytest.mark.parametrize("C, H, dtype", [(1, 8, torch.float64), (3, 15, torch.float32)])
-def test_any_draw_stays_finite_near_the_hull_and_is_linear_in_the_images(C, H, dtype):
+def test_any_draw_stays_finite_near_the_hull_and_is_linear_in_the_images():
     """The bicubic kernel's weights sum to 1 and |weights| to at most 1.375 on each axis (a = -3/4),
     so no pixel leaves [-1, 1] by more than 1.375^2 - 1.
     """
-    a, one, two = drawn(64, 5), *randn(2, 64, C, H, H, seed=6).to(dtype)
+    a, one, two = drawn(64, 5), *randn(2, 64, 3, 15, 15, seed=6).float()
     one = one.clamp(-1, 1)
     got = augment(one, a)
-    assert got.dtype == dtype and got.shape == one.shape and got.abs().max() < 1.375 ** 2 + 1e-4
-    torch.testing.assert_close(augment(torch.ones_like(one), a), torch.ones_like(one),
-                               rtol=0, atol=1e-5)
-    want = 2 * got - augment(two, a)
-    torch.testing.assert_close(augment(2 * one - two, a), want, rtol=0, atol=3e-5)
-    alone = augment(one[-1:], a[-1:])                               # each sample is its own
-    torch.testing.assert_close(got[-1:], alone, rtol=0, atol=1e-5)
+    assert got.dtype == torch.float32 and got.abs().max() < 1.375 ** 2 + 1e-4
+    close(augment(torch.ones_like(one), a), 1, rtol=0, atol=1e-5)
+    close(augment(2 * one - two, a), 2 * got - augment(two, a), rtol=0, atol=3e-5)
+    close(got[-1:], augment(one[-1:], a[-1:]), rtol=0, atol=1e-5)   # each sample is its own
 
 
 # ---- Stable targets of augmented data ------------------------------------------------------------
@@ -239,8 +210,9 @@ MIXED = torch.cat([parameters(), parameters(a0=1), parameters(a0=1, a1=1), drawn
                    parameters(a3=0.5), parameters(a6=0.3, a7=0.1)])                # (8, 8)
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64", "uint8"])
-@pytest.mark.parametrize("classes", [None, torch.arange(24) % 3], ids=["plain", "conditional"])
+@pytest.mark.parametrize("kind, classes", [
+    ("float32", None), ("float64", torch.arange(24) % 3), ("uint8", torch.arange(24) % 3)],
+    ids=["plain float32", "conditional float64", "conditional uint8"])
 def test_augmented_stf_target_is_stf_target_of_each_samples_own_augmented_references(classes, kind):
     """In any chunks, of which but one is in floating point.  So it is unbiased for every n, as
     stf_target is, given a.
@@ -254,7 +226,7 @@ def test_augmented_stf_target_is_stf_target_of_each_samples_own_augmented_refere
 
     def labels(rows):
         return () if classes is None else (classes[:8][rows], classes)
-    for sigma in (0.05, 1.0, 2.0, 20.0):
+    for sigma in (0.05, 1.0, 20.0):
         s = (sigma * torch.linspace(0.5, 2, 8)).view(8, 1, 1, 1).to(reference)
         x = augment(reference[:8], MIXED) + s * randn(8, 3, 8, 8, seed=10).to(reference)
         want = []
@@ -262,11 +234,10 @@ def test_augmented_stf_target_is_stf_target_of_each_samples_own_augmented_refere
             one, y = slice(i, i + 1), augment(reference, MIXED[i].expand(24, 8))
             want.append(stf_target(x[one], s[one], y, *labels(one)))
         want = torch.cat(want)
-        for chunk in (5, 512):
-            got = augmented_stf_target(x, s, given, MIXED, *labels(slice(8)), chunk=chunk)
-            torch.testing.assert_close(got, want, rtol=0, atol=bound)
-    with Largest() as largest:
-        augmented_stf_target(x, s, given, MIXED, *labels(slice(8)), chunk=5)
-    assert largest.numel <= x.numel() < given.numel()
+        with Largest() as largest:
+            got = augmented_stf_target(x, s, given, MIXED, *labels(slice(8)), chunk=5)
+        assert largest.numel <= x.numel() < given.numel()
+        close(got, want, rtol=0, atol=bound)
+        close(augmented_stf_target(x, s, given, MIXED, *labels(slice(8))), want, rtol=0, atol=bound)
     plain = stf_target(x, s, reference, *labels(slice(8)))
     assert ((want - plain).flatten(1).norm(dim=1)[1:] > 0.1).all()                 # it does matter

@@ -9,26 +9,14 @@ import torch
 from torch.autograd.functional import jacobian
 
 import samplers
+from oracles import close, generator, randn, tensor
 from samplers import (analytic_covariance, ddim, ddpm, dormand_prince, edm_stochastic, euler,
                       euler_maruyama, guidance, heun, langevin, npr_covariance, ode_slope,
                       predictor_corrector, rk45, seeded_noise, sn_covariance, snr_step)
-from schedules import DDPM, EDM, SCHEDULES, VE, VP
+from schedules import EDM, SCHEDULES, VE, VP
 
 ROWS = {name: column() for name, column in SCHEDULES.items()}
 every_row = pytest.mark.parametrize("name", ROWS)
-every_solver = pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def close(a, b, rtol=0.0, atol=1e-12):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 # ---- Every sampler -------------------------------------------------------------------------------
@@ -91,7 +79,7 @@ def gaussian_flow(x, sigma_0, sigma):
 # A mixture .3 N(m_0, v I) + .7 N(m_1, v I): its flow is curved and must decide between the two.
 
 MEANS, V = tensor([1.0, 0.5], [-1.0, -0.2]), 0.04
-GAP, MIXTURE_MEAN = MEANS[0] - MEANS[1], 0.3 * MEANS[0] + 0.7 * MEANS[1]
+GAP = MEANS[0] - MEANS[1]
 
 
 def mixture_denoise(x, sigma):
@@ -99,12 +87,6 @@ def mixture_denoise(x, sigma):
     total = V + sigma ** 2
     r = ((x - MEANS.mean(0)) @ GAP.unsqueeze(1) / total + math.log(0.3 / 0.7)).sigmoid()  # (B, 1)
     return (MEANS[1] + r * GAP) * (sigma ** 2 / total) + x * (V / total)
-
-
-def mixture_samples(n):
-    g = torch.Generator().manual_seed(7)
-    which = (torch.rand(n, generator=g) > 0.3).long()
-    return MEANS[which] + V ** 0.5 * torch.randn(n, 2, generator=g, dtype=torch.float64)
 
 
 def start(row, t, noise):
@@ -125,6 +107,15 @@ def refuse():
     raise AssertionError("the noise source must not be called")
 
 
+def in_turn(noises):
+    """A noise source that gives these noises, one a call."""
+    turn = iter(noises)
+
+    def noise():
+        return next(turn)
+    return noise
+
+
 def grid(N):
     """N steps from 20 to .1, the last level above 0; grid(N) is part of grid(2 N)."""
     return 20 * (0.1 / 20) ** (torch.arange(N + 1, dtype=torch.float64) / N)
@@ -139,25 +130,23 @@ def law(run, root):
     run(root, lambda: drawn.append(1) or 0 * root)
     basis = torch.eye(2 * (len(drawn) + 1), dtype=torch.float64).view(-1, len(drawn) + 1, 2)
     first, *rest = basis.unbind(1)
-    turn = iter(rest)
-    out = run(first @ root.T, lambda: next(turn))
+    out = run(first @ root.T, in_turn(rest))
     return out.T @ out
 
 
-def variance_error(sampler, row, t, **settings):
+def variance_error(sampler, t, **settings):
     """How far the covariance at t[-1] is from that of N(0, C) under noise; exact."""
-    top, end = row.sigma(t[0]), row.sigma(t[-1])
-    ours = law(lambda x, noise: sample(sampler, centred_denoise, x, t, row, noise=noise,
-                                       **settings), row.s(t[0]) * Q * (VAR + top ** 2).sqrt())
-    return (ours / row.s(t[-1]) ** 2 - C - end ** 2 * EYE).abs().max()
+    def run(x, noise):
+        return sample(sampler, centred_denoise, x, t, EDM(), noise=noise, **settings)
+    return (law(run, Q * (VAR + t[0] ** 2).sqrt()) - C - t[-1] ** 2 * EYE).abs().max()
 
 
 def test_the_mixture_oracle_is_the_posterior_mean():
-    # By quadrature of Bayes' rule over x0, on a grid fine enough for v.
-    axis = torch.arange(-3, 3, 0.04, dtype=torch.float64)
-    x0 = torch.cartesian_prod(axis, axis)                                         # (22500, 2)
+    """By quadrature of Bayes' rule over x0, on a grid fine enough for v."""
+    axis = torch.arange(-3, 3, 0.05, dtype=torch.float64)
+    x0 = torch.cartesian_prod(axis, axis)                                         # (14400, 2)
     prior = sum(w * (-((x0 - m) ** 2).sum(1) / (2 * V)).exp() for w, m in zip((0.3, 0.7), MEANS))
-    for sigma in tensor(0.2, 0.6, 3.0):
+    for sigma in tensor(0.2, 3.0):
         x = randn(4, 2)
         p = prior * (-((x.unsqueeze(1) - x0) ** 2).sum(2) / (2 * sigma ** 2)).exp()
         close(mixture_denoise(x, sigma), p @ x0 / p.sum(1, keepdim=True), atol=1e-9)
@@ -173,19 +162,17 @@ def test_ode_slope_is_minus_sigma_dsigma_score_plus_scaling(name):
         ours = ode_slope(gaussian_denoise, x, t, row)
         # EDM eq. 4 has the score of x/s; by the chain rule s^2 there is s here.
         score = -(x / s - MU) @ torch.linalg.inv(C + sigma ** 2 * EYE)
-        close(ours, row.ds(t) / s * x - s * row.dsigma(t) * sigma * score, rtol=1e-9, atol=1e-9)
+        close(ours, row.ds(t) / s * x - s * row.dsigma(t) * sigma * score, atol=1e-9)
         # and it is the derivative of the exact flow, scaled
         slope = jacobian(lambda v: row.s(v) * gaussian_flow(x / s, sigma, row.sigma(v)), t)
-        close(ours, slope, rtol=1e-9, atol=1e-9)
+        close(ours, slope, atol=1e-9)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if not hasattr(row, "levels")])
-@every_solver
+@pytest.mark.parametrize("solver, order", [(euler, 1), (heun, 2)])
 def test_order_of_convergence_is_1_for_euler_and_2_for_heun(row, solver, order):
-    # Not on ladders: their steps are rounded to levels, which leaves the grid uneven.
+    """Not on ladders, whose steps are uneven, nor with the step to 0, the same for every N."""
     def error(N):
-        # Without the last step: from t_{N-1} to 0 it is the same for every N, so it would leave
-        # a floor under the error.
         t, noise = row.time_steps(N)[:-1], randn(4, 2)
         sigma_0, sigma = row.sigma(t[0]), row.sigma(t[-1])
         x = solver(gaussian_denoise, start(row, t[0], noise), t, row)
@@ -196,26 +183,9 @@ def test_order_of_convergence_is_1_for_euler_and_2_for_heun(row, solver, order):
     assert fine < (0.2 if order == 1 else 0.01)
 
 
-@every_row
-def test_every_row_and_solver_leads_the_same_noise_to_the_same_point(name):
-    row, z = ROWS[name], randn(32, 2)
-    slack = 10 if name == "ve" else 1              # its t = sigma^2 needs more steps
-
-    def flow(sigma):
-        """Where the noise z is at sigma on its way, from any larger sigma, to Gaussian data."""
-        return MU + z * (VAR + sigma ** 2).sqrt() @ Q.T
-
-    t = row.time_steps(160)
-    x = row.s(t[0]) * flow(row.sigma(t[0]))                        # each row joins at its own top
-    on_mixture, _ = rk45(mixture_denoise, x, t, row, 1e-7, 1e-7)
-    for solver, atol in ((euler, 0.05), (heun, 0.002), (lambda *given: rk45(*given)[0], 0.002)):
-        close(solver(gaussian_denoise, x, t, row), flow(0), atol=atol * slack)
-        close(solver(mixture_denoise, x, t, row), on_mixture, atol=atol * slack)
-
-
 @pytest.mark.parametrize("sampler, settings", [
     ("euler", {}), ("heun", {}), ("rk45", {}), ("edm_stochastic", dict(S_churn=0.0)),
-    ("euler_maruyama", {}), ("euler_maruyama", dict(beta=3.0)), ("ddim", {}), ("ddim", dict(cap=1)),
+    ("euler_maruyama", dict(beta=3.0)), ("ddim", dict(cap=1)),
     ("ddpm", {}), ("ddpm", dict(variance="beta", cap=1))])
 def test_the_step_to_0_lands_on_d_without_noise_and_in_ve_half_way(sampler, settings):
     x, t = randn(4, 2), EDM().time_steps(9)[-2:]
@@ -228,27 +198,21 @@ def test_the_step_to_0_lands_on_d_without_noise_and_in_ve_half_way(sampler, sett
 
 
 def test_ddim_of_eta_0_and_euler_maruyama_of_beta_0_are_euler_in_sigma_and_draw_no_noise():
-    # Song et al. 2021: x_next = D + sigma_next/sigma (x - D).
     sigma, x = EDM().time_steps(18), 80 * randn(6, 2)
-    truth = x
-    for a, b in zip(sigma[:-1], sigma[1:]):
-        D = mixture_denoise(truth, a)
-        truth = D + b / a * (truth - D)
-    close(euler(mixture_denoise, x, sigma, EDM()), truth, atol=1e-11)
+    truth = euler(mixture_denoise, x, sigma, EDM())
     for noise in (None, refuse):
-        close(ddim(mixture_denoise, x, sigma, noise), truth, atol=1e-11)
-    close(euler_maruyama(mixture_denoise, x, sigma, refuse, beta=0.0), truth, atol=1e-11)
+        close(ddim(mixture_denoise, x, sigma, noise), truth)
+    close(euler_maruyama(mixture_denoise, x, sigma, refuse, beta=0.0), truth)
 
 
 # ---- EDM's stochastic sampler --------------------------------------------------------------------
 
 def test_without_churn_algorithm_2_is_algorithm_1():
+    """And with churn, where no sigma lies in the window."""
     t, x = EDM().time_steps(18), 80 * randn(16, 2)
     expected = heun(mixture_denoise, x, t, EDM())
-    close(edm_stochastic(mixture_denoise, x, t, refuse), expected)
-    # and with churn, where no sigma lies in the window
-    close(edm_stochastic(mixture_denoise, x, t, refuse, S_churn=40, S_tmin=90), expected)
-    close(edm_stochastic(mixture_denoise, x, t, refuse, S_churn=40, S_tmax=1e-3), expected)
+    for settings in ({}, dict(S_churn=40, S_tmin=90), dict(S_churn=40, S_tmax=1e-3)):
+        close(edm_stochastic(mixture_denoise, x, t, refuse, **settings), expected)
 
 
 @pytest.mark.parametrize("S_churn, gamma", [(4, 0.4), (99, 2 ** 0.5 - 1)])
@@ -274,42 +238,34 @@ def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_chur
 def test_s_noise_scales_the_noise_of_a_step_done_by_hand():
     # D = x/2.  sigma = 2, gamma = .3/1: sigma^ = 2.6, sigma^^2 - sigma^2 = 2.76.
     x, z = randn(4, 2), randn(4, 2, seed=1)
-
-    def run(sigma, S_noise):
-        return edm_stochastic(lambda x, _: x / 2, x, sigma, lambda: z, S_churn=0.3,
-                              S_noise=S_noise)
-
-    for S_noise in (1.0, 1.003, 2.0):
-        x_hat = x + 2.76 ** 0.5 * S_noise * z
-        close(run(tensor(2, 0), S_noise), x_hat / 2)               # Euler to 0 is D(x^)
-        d = x_hat / 2 / 2.6                                        # Heun to 1, from sigma^
-        d_next = (x_hat - 1.6 * d) / 2
-        close(run(tensor(2, 1), S_noise), x_hat - 1.6 * (d + d_next) / 2)
+    ours = edm_stochastic(lambda x, _: x / 2, x, tensor(2, 1), lambda: z, S_churn=0.3, S_noise=1.1)
+    x_hat = x + 2.76 ** 0.5 * 1.1 * z
+    d = x_hat / 2 / 2.6
+    d_next = (x_hat - 1.6 * d) / 2
+    close(ours, x_hat - 1.6 * (d + d_next) / 2)
 
 
 def test_churn_keeps_the_gaussian_marginal_in_exact_covariance():
-    def error(N, S_noise=1.0):
-        return variance_error("edm_stochastic", EDM(), EDM().time_steps(N), S_churn=20,
-                              S_noise=S_noise)
-
-    coarse, fine = error(40), error(120)
+    coarse, fine, louder = (
+        variance_error("edm_stochastic", EDM().time_steps(N), S_churn=20, S_noise=S_noise)
+        for N, S_noise in ((40, 1.0), (120, 1.0), (120, 1.1)))
     assert fine < 0.015 and fine < coarse / 5         # near second order: 3^2 = 9
-    assert error(120, S_noise=1.1) > 20 * fine        # 10 % more noise shows
+    assert louder > 20 * fine                         # 10 % more noise shows
 
 
 # ---- The reverse SDE -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler, settings", [
-    ("euler_maruyama", dict(beta=0.3)), ("euler_maruyama", dict(beta=1.0)),
-    ("euler_maruyama", dict(beta=3.0)), ("ddpm", dict(variance="beta")), ("ddpm", {}),
+    ("euler_maruyama", dict(beta=0.3)), ("euler_maruyama", dict(beta=3.0)),
+    ("ddpm", dict(variance="beta")), ("ddpm", {}),
     ("predictor_corrector", dict(snr=0.01, norms=False))])
 def test_the_gaussian_marginal_is_kept_with_weak_order_1_for_any_beta_and_variance(sampler,
                                                                                    settings):
-    coarse, fine = (variance_error(sampler, EDM(), grid(N), **settings) for N in (200, 400))
+    coarse, fine = (variance_error(sampler, grid(N), **settings) for N in (200, 400))
     assert fine < 0.1 and abs((coarse / fine).log2() - 1) < 0.1
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("beta", [0.3, 3.0])
 def test_euler_maruyama_has_strong_order_1_for_its_noise_is_additive(beta):
     # One Brownian path w for all N: a step's sqrt(h) z is the path's change over it.  The end is
     # linear in the start and in w's own normal numbers, so unit vectors for these give the root
@@ -321,10 +277,9 @@ def test_euler_maruyama_has_strong_order_1_for_its_noise_is_additive(beta):
     def end(N):
         sigma = grid(N)
         z = w[::M // N].diff(dim=0) / (-sigma.diff()).sqrt().unsqueeze(1)         # (N, M + 1)
-        turn = iter(z.unsqueeze(2))
         x = (v + sigma[0] ** 2).sqrt() * basis[:, :1]                             # of N(0, v)
         return euler_maruyama(lambda x, sigma: x * v / (v + sigma ** 2), x, sigma,
-                              lambda: next(turn), beta)
+                              in_turn(z.unsqueeze(2)), beta)
 
     ends = [end(N) for N in (64, 128, 256, 512)]
     error = [(a - b).norm() for a, b in zip(ends, ends[1:])]
@@ -334,28 +289,17 @@ def test_euler_maruyama_has_strong_order_1_for_its_noise_is_additive(beta):
 
 # ---- Seeded noise --------------------------------------------------------------------------------
 
-def test_row_i_of_seeded_noise_depends_on_seed_i_alone_and_calls_and_seeds_differ():
-    seeds, shape = [3, 1, 4, 15], (3, 2, 2)
-    draw = seeded_noise(torch.tensor(seeds), shape, dtype=torch.float64)
-    first, second = draw(), draw()
-    assert first.shape == (4, 3, 2, 2) and first.dtype == torch.float64
-    assert seeded_noise(seeds, shape)().dtype == torch.float32
-    for rows in ([0], [2], [3, 1], [0, 1, 2, 3, 0], [2, 2]):
-        part = seeded_noise([seeds[i] for i in rows], shape, dtype=torch.float64)
-        assert torch.equal(part(), first[rows]) and torch.equal(part(), second[rows])
-    values = torch.stack([first, second]).flatten()
-    assert len(values.unique()) == len(values)
-
-
-def test_seeded_noise_is_standard_normal():
-    draw = seeded_noise(range(100), (50,), dtype=torch.float64)
-    z = torch.stack([draw() for _ in range(4)])                    # (4, 100, 50)
-    n = z.numel()
-    assert abs(z.mean()) < 3.5 / n ** 0.5
-    assert abs((z ** 2).mean() - 1) < 3.5 * (2 / n) ** 0.5
+def test_row_i_of_seeded_noise_depends_on_seed_i_alone_and_is_normal_at_every_call():
+    draw = seeded_noise(range(100), (5, 10), dtype=torch.float64)
+    z = torch.stack([draw() for _ in range(4)])                      # (4 calls, 100, 5, 10)
+    for rows in ([99], [3, 1, 3]):
+        part = seeded_noise(torch.tensor(rows), (5, 10), dtype=torch.float64)
+        assert all(torch.equal(part(), z[call, rows]) for call in range(4))
+    assert seeded_noise([0], (2,))().dtype == torch.float32
+    assert abs(z.mean()) < 3.5 / 20000 ** 0.5 and abs((z ** 2).mean() - 1) < 3.5 / 10000 ** 0.5
     # neither calls nor seeds know of each other
     assert abs((z[0] * z[1]).mean()) < 3.5 / 5000 ** 0.5
-    assert abs((z[:, :-1] * z[:, 1:]).mean()) < 3.5 / (n - 200) ** 0.5
+    assert abs((z[:, :-1] * z[:, 1:]).mean()) < 3.5 / 19800 ** 0.5
 
 
 # ---- Runge-Kutta ---------------------------------------------------------------------------------
@@ -404,38 +348,14 @@ def test_dormand_prince_meets_the_17_conditions_of_order_5_and_the_8_of_order_4(
         return value
 
     assert [len(trees(n)) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
-    for n in range(1, 6):
-        for tree in trees(n):
-            assert b @ g(tree) == pytest.approx(1 / density(tree), abs=1e-14), tree
-            if n < 5:
-                assert b_hat @ g(tree) == pytest.approx(1 / density(tree), abs=1e-14), tree
-    for weights, order in ((b, 6), (b_hat, 5)):                      # and no higher
-        assert max(abs(weights @ g(tree) - 1 / density(tree)) for tree in trees(order)) > 1e-4
+    for weights, order in ((b, 5), (b_hat, 4)):
+        for n in range(1, order + 1):
+            for tree in trees(n):
+                assert weights @ g(tree) == pytest.approx(1 / density(tree), abs=1e-14), tree
+        beyond = [abs(weights @ g(tree) - 1 / density(tree)) for tree in trees(order + 1)]
+        assert max(beyond) > 1e-4                                    # and no higher
     close(a.sum(1), c, atol=1e-15)
-    close(a[6], b, atol=0)                                           # first same as last
-
-
-@every_row
-def test_rk45_error_follows_rtol_over_four_decades(name):
-    row, noise = ROWS[name], randn(8, 2)
-    t = row.time_steps(20)[:-1]
-    truth = gaussian_flow(row.sigma(t[0]) * noise, row.sigma(t[0]), row.sigma(t[-1]))
-    calls = []
-    for tolerance in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
-        x, nfe = rk45(gaussian_denoise, start(row, t[0], noise), t, row, tolerance, tolerance)
-        error = (x / row.s(t[-1]) - truth).abs().max()
-        assert 0.3 < error / tolerance < 30                          # measured .6 to 14
-        calls.append(nfe.double().mean())
-    assert calls[-1] < 1000 and calls[-1] > calls[0]
-
-
-@every_row
-def test_rk45_needs_few_calls(name):
-    row = ROWS[name]
-    t = row.time_steps(2)
-    x, nfe = rk45(mixture_denoise, start(row, t[0], randn(32, 2)), t, row)
-    # 75 in VP, 328 in VE, 188 to 213 elsewhere; 83, 391, 251 to 288 if refusals do not stop growth
-    assert nfe.double().mean() < {"vp": 80, "ve": 360}.get(name, 240)
+    close(a[6], b, rtol=0, atol=0)                                   # first same as last
 
 
 @pytest.mark.parametrize("rtol, atol", [(1e-3, 1e-6), (0.0, 1e-5), (1e-5, 0.0)])
@@ -458,6 +378,7 @@ def test_rk45_controls_its_step_as_the_textbook_does_without_growth_after_a_refu
         y_next, error, k_next = dormand_prince(slope, y, t, -step, k)
         r = rms(error, torch.maximum(y.abs(), y_next.abs()))
         h, nfe = step * min(most, max(0.2, 0.9 * r ** -0.2)), nfe + 6
+        assert nfe < 1000
         if r <= 1:
             y, k, t, most = y_next, k_next, t - step if step < t - end else end, 10.0
         else:
@@ -476,10 +397,16 @@ def test_rk45_nfe_is_6_per_step_taken_or_refused_plus_1():
     steps = len(states) - 2                              # without the start and Euler's step to 0
     assert 0 < refused < steps / 2
     assert nfe.tolist() == [len(calls)] == [6 * steps + 1] and nfe.dtype == torch.int64
-    # Euler's step to 0 has its slope already
-    stopped, nfe_stopped = rk45(mixture_denoise, states[0], t[:-1], row)
+    # Euler's step to 0 has its slope already; the times between the first and it do not matter
+    stopped, nfe_stopped = rk45(mixture_denoise, states[0], row.time_steps(7)[:-1], row)
     assert torch.equal(nfe, nfe_stopped) and torch.equal(stopped, states[-2])
     close(x, stopped - t[-2] * ode_slope(mixture_denoise, stopped, t[-2], row), atol=1e-9)
+
+
+def test_rk45_starts_at_zero_and_where_nothing_moves_too():
+    t, x = EDM().time_steps(2), torch.zeros(2, 3, dtype=torch.float64)
+    assert torch.equal(rk45(lambda x, sigma: x, x, t, EDM())[0], x)
+    close(rk45(lambda x, sigma: torch.full_like(x, 0.5), x, t, EDM())[0], 0.5, atol=1e-4)
 
 
 def labelled(x, sigma, means, variances):
@@ -493,40 +420,36 @@ VARIANCES = tensor([1e-6], [0.01], [1.0], [9.0], [400.0])
 
 @every_frame
 def test_an_rk45_sample_with_labels_is_the_same_alone_or_in_company_which_it_leaves(row):
-    t, batches = row.time_steps(2), []
-    x, calls = start(row, t[0], randn(5, 2)), torch.zeros(5, dtype=torch.int64)
-    labels = torch.arange(5), 3 * randn(5, 2, seed=1), VARIANCES
+    """And each ends, within the tolerance, where its own exact flow leads."""
+    t, calls = row.time_steps(2)[:-1], torch.zeros(5, dtype=torch.int64)
+    x, means = start(row, t[0], randn(5, 2)), 3 * randn(5, 2, seed=1)
+    labels = torch.arange(5), means, VARIANCES
 
     def denoise(x, sigma, who, means, variances):
-        batches.append(len(x))
         calls[who] += 1
         return labelled(x, sigma, means, variances)
 
     together, nfe = rk45(denoise, x, t, row, labels=labels)
     assert torch.equal(calls, nfe) and nfe.unique().numel() > 1          # each is called as needed
-    assert batches == sorted(batches, reverse=True) and batches[0] == 5
     for rows in ([3], [2, 3, 0]):
         own = [label[rows] for label in labels]
         alone, nfe_alone = rk45(denoise, x[rows], t, row, labels=own)
         assert torch.equal(nfe[rows], nfe_alone)
-        close(alone, together[rows], atol=1e-10)
-
-
-def test_rk45_looks_at_the_first_and_the_last_time_above_0_only():
-    x, many, two = 80 * randn(4, 2), EDM().time_steps(7), EDM().time_steps(2)
-    for a, b in ((many, two), (many[:-1], two[:-1])):
-        (x_a, nfe_a), (x_b, nfe_b) = (rk45(mixture_denoise, x, t, EDM()) for t in (a, b))
-        assert torch.equal(x_a, x_b) and torch.equal(nfe_a, nfe_b)
+        close(alone, together[rows])
+    top, end = row.sigma(t)
+    scale = ((VARIANCES + end ** 2) / (VARIANCES + top ** 2)).sqrt()
+    exact = means + scale * (x / row.s(t[0]) - means)
+    close(together / row.s(t[1]), exact, rtol=0, atol=1e-3)
 
 
 def test_rk45_says_which_sample_is_stuck_and_where():
-    x, t, generator = 80 * randn(4, 2), EDM().time_steps(9), torch.Generator().manual_seed(0)
+    x, t, g = 80 * randn(4, 2), EDM().time_steps(9), generator(0)
 
     def broken(x, sigma, who):
         return torch.where((who == 2) & (sigma < 1), float("nan"), gaussian_denoise(x, sigma))
 
     def rough(x, sigma):
-        return 1e20 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return 1e20 * torch.randn(x.shape, generator=g, dtype=x.dtype)
 
     with pytest.raises(FloatingPointError, match="x is not finite in step .* sample 2, t = .*sigm"):
         rk45(broken, x, t, EDM(), labels=(torch.arange(4).unsqueeze(1),))
@@ -534,8 +457,6 @@ def test_rk45_says_which_sample_is_stuck_and_where():
         rk45(rough, x, t, EDM())
     with pytest.raises(FloatingPointError, match="max_steps reached in step 4 .* sample 0, t = "):
         rk45(mixture_denoise, x, t, EDM(), max_steps=3)
-    nfe = rk45(mixture_denoise, x, t[:-1], EDM())[1].max()
-    rk45(mixture_denoise, x, t[:-1], EDM(), max_steps=(nfe - 1) // 6)          # just enough
 
 
 # ---- Guidance ------------------------------------------------------------------------------------
@@ -546,7 +467,7 @@ def test_guidance_of_weight_1_is_none_and_of_weight_0_is_unconditional():
         guided = rk45(guidance(labelled, mixture_denoise, weight), x, t, EDM(), labels=labels)
         assert torch.equal(guided[0], rk45(alone, x, t, EDM(), labels=own)[0])
     D, D_u = labelled(x, t[3], *labels), mixture_denoise(x, t[3])
-    for weight in (-1.0, 0.3, 2.5, 7.0):
+    for weight in (-1.0, 0.3, 7.0):
         ours = guidance(labelled, mixture_denoise, weight)(x, t[3], *labels)
         close(ours, D_u + weight * (D - D_u))
 
@@ -554,17 +475,15 @@ def test_guidance_of_weight_1_is_none_and_of_weight_0_is_unconditional():
 # ---- Ancestral -----------------------------------------------------------------------------------
 
 LADDER = tensor(20, 7, 2.5, 1, 0.4, 0.1)                             # ends above 0
-DOWN_TO_0 = torch.cat([LADDER, 0 * LADDER[:1]])
+X, Z, COV = 20 * randn(5, 2), [randn(5, 2, seed=i) for i in range(1, 6)], tensor(0.09, 0.64)
 
 
-def by_hand(step, x, z):
-    """The state after step(x, D, a, b, noise) along LADDER, its noises z in turn."""
-    for a, b, noise in zip(LADDER[:-1], LADDER[1:], z):
+def by_hand(step):
+    """The state after step(x, D, a, b, noise) from X along LADDER, with the noises Z in turn."""
+    x = X
+    for a, b, noise in zip(LADDER[:-1], LADDER[1:], Z):
         x = step(x, mixture_denoise(x, a), a, b, noise)
     return x
-
-
-X, Z, COV = 20 * randn(5, 2), [randn(5, 2, seed=i) for i in range(1, 6)], tensor(0.09, 0.64)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -573,19 +492,17 @@ def test_ddim_is_the_published_step_of_the_scaled_frame(eta):
     def covariance(x, sigma, D):                         # that needs all three
         return COV * (x ** 2 + D ** 2) / (x ** 2 + sigma ** 2)
 
-    def step(cov, x, D, t, s, z):
+    def step(x, D, t, s, z):
         ab_t, ab_s = 1 / (1 + t ** 2), 1 / (1 + s ** 2)
         y = ab_t.sqrt() * x
         eps_hat = (y - ab_t.sqrt() * D) / (1 - ab_t).sqrt()
         v = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
-        var = v + (ab_s.sqrt() - ((1 - ab_s - v) * ab_t / (1 - ab_t)).sqrt()) ** 2 * cov(x, t, D)
-        y = ab_s.sqrt() * D + (1 - ab_s - v).sqrt() * eps_hat + var.sqrt() * z
+        k = ab_s.sqrt() - ((1 - ab_s - v) * ab_t / (1 - ab_t)).sqrt()
+        deviation = (v + k ** 2 * covariance(x, t, D)).sqrt()
+        y = ab_s.sqrt() * D + (1 - ab_s - v).sqrt() * eps_hat + deviation * z
         return y / ab_s.sqrt()
 
-    for given, cov in ((covariance, covariance), (None, lambda x, sigma, D: 0)):
-        truth = by_hand(lambda *args: step(cov, *args), X, Z)
-        draw = iter(Z)
-        close(ddim(mixture_denoise, X, LADDER, lambda: next(draw), eta, given), truth, atol=1e-11)
+    close(ddim(mixture_denoise, X, LADDER, in_turn(Z), eta, covariance), by_hand(step))
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde", "covariance"])
@@ -601,18 +518,15 @@ def test_ddpm_is_the_published_step_of_the_scaled_frame(variance):
                "covariance": beta_tilde + ab_s * beta ** 2 / (1 - ab_t) ** 2 * COV}[variance]
         return (mean + var.sqrt() * z) / ab_s.sqrt()
 
-    def run(sampler, *settings):
-        draw = iter(Z)
-        return sampler(mixture_denoise, X, LADDER, lambda: next(draw), *settings)
-
     given = variance if variance != "covariance" else lambda x, sigma, D: COV
-    close(run(ddpm, given), by_hand(step, X, Z), atol=1e-11)
-    if variance == "beta_tilde":
-        assert torch.equal(run(ddpm, given), run(ddim, 1.0))         # eta = 1
+    ours = ddpm(mixture_denoise, X, LADDER, in_turn(Z), given)
+    close(ours, by_hand(step))
+    if variance == "beta_tilde":                                     # the default; eta = 1
+        assert torch.equal(ours, ddim(mixture_denoise, X, LADDER, in_turn(Z), 1.0))
 
 
-@pytest.mark.parametrize("N", [1, 2, 10])
-@pytest.mark.parametrize("variance", [(0.25, 0.25), (0.09, 0.64), (1, 1), (0, 0)], ids=str)
+@pytest.mark.parametrize("N", [1, 10])
+@pytest.mark.parametrize("variance", [(0.09, 0.64), (1, 1), (0, 0)], ids=str)
 def test_with_the_exact_covariance_the_gaussian_marginal_is_exact_in_any_number_of_steps(N,
                                                                                         variance):
     sigma, variance = grid(N), tensor(*variance)
@@ -684,14 +598,13 @@ def test_the_cap_holds_the_noise_of_the_last_noisy_step_to_y_grey_levels():
         ratio = (sigma[1:len(path)] / sigma[:len(path) - 1]).unsqueeze(1)
         return path[1:] - ratio ** 2 * path[:-1]
 
-    for sigma in (LADDER, DOWN_TO_0):
-        for y in (1, 2):
-            free, capped = deviations(sigma, None), deviations(sigma, y)
-            close(capped[:-1], free[:-1])                            # no other step
-            # E|noise| = sqrt(2/pi) sd; a grey level is 2/255, in the scaled frame
-            grey = capped[-1] / (1 + LADDER[-1] ** 2).sqrt() * (2 / math.pi) ** 0.5 / (2 / 255)
-            assert (free[-1] > capped[-1]).all()
-            close(grey, torch.full_like(grey, y))
+    for sigma in (LADDER, torch.cat([LADDER, 0 * LADDER[:1]])):
+        free, capped = deviations(sigma, None), deviations(sigma, 2)
+        close(capped[:-1], free[:-1])                                # no other step
+        # E|noise| = sqrt(2/pi) sd; a grey level is 2/255, in the scaled frame
+        grey = capped[-1] / (1 + LADDER[-1] ** 2).sqrt() * (2 / math.pi) ** 0.5 / (2 / 255)
+        assert (free[-1] > capped[-1]).all()
+        close(grey, 2)
     gentle = tensor(0.101, 0.1)                                      # sd .014: 1.4 grey levels
     free, one, two = (deviations(gentle, cap) for cap in (None, 1, 2))
     assert torch.equal(free, two) and (one < free).all()
@@ -705,7 +618,7 @@ def test_pc_is_the_published_algorithm(row):
     t, z = row.time_steps(5)[3:], Z[:2]                              # two steps, the second to 0
     x = start(row, t[0], randn(5, 2))
     for snr, norms in ((0.16, True), (0.5, True), (0.16, False)):
-        y, draw = x, iter([*z, z[0]])
+        y, draw = x, in_turn([*z, z[0], None])
         for a, b in zip(t[:-1], t[1:]):
             sigma, s, alpha = row.sigma(a), row.s(a), row.s(a) ** 2 / row.s(b) ** 2
             deviation = sigma if alpha == 1 else (1 - s ** 2).sqrt()
@@ -720,22 +633,20 @@ def test_pc_is_the_published_algorithm(row):
             e = 2 * alpha * (snr * (ratio if norms else deviation)) ** 2
             y = y + e * g + (2 * e).sqrt() * z[0]
             y = (2 - alpha.sqrt()) * y + v * score(y) + v.sqrt() * z[1] * (b > 0)
-        ours = predictor_corrector(mixture_denoise, x, t, row, lambda: next(draw), snr, norms)
-        close(ours, y, atol=1e-10)
-        assert next(draw, None) is None                              # noise: 2N - 1 times
+        close(predictor_corrector(mixture_denoise, x, t, row, draw, snr, norms), y, atol=1e-10)
+        assert draw() is None                                        # 2N - 1 noises, then the end
 
 
-@pytest.mark.parametrize("d, tolerance", [(16, 0.04), (1024, 0.015)])
-def test_own_norms_leave_langevin_a_variance_of_1_plus_2_over_d_squared(d, tolerance):
+def test_own_norms_leave_langevin_a_variance_of_1_plus_2_over_d_squared():
     # What snr_step's docstring says: steps ~ |z|^2/|score(x)|^2 depend on x, which costs
     # (1 + 2/d) twice, once for |z|^2 and once for |score|^2.
-    n, g = 40000 // d, torch.Generator().manual_seed(0)
-    x = torch.randn(n, d, generator=g, dtype=torch.float64)
+    d, g = 16, generator(0)
+    x = torch.randn(2500, d, generator=g, dtype=torch.float64)
     for _ in range(250):                                             # 2 snr^2 250 = 5 times over
-        z = torch.randn(n, d, generator=g, dtype=torch.float64)
+        z = torch.randn(2500, d, generator=g, dtype=torch.float64)
         x = langevin(x, -x, z, snr_step(-x, z, 0.1, 1.0))
     expected = (1 + 2 / d) ** 2 / (1 - 0.1 ** 2)                     # and snr^2, as any step has
-    assert abs((x ** 2).mean() / expected - 1) < tolerance           # 3.5 (2/40000)^(1/2) = .025
+    assert abs((x ** 2).mean() / expected - 1) < 0.04                # 3.5 (2/40000)^(1/2) = .025
 
 
 # ---- The contract --------------------------------------------------------------------------------
@@ -748,9 +659,8 @@ def test_the_contract_is_tested_on_all_samplers_there_are():
 
 @every_frame
 @every_sampler
-@pytest.mark.parametrize("N", [1, 18])
-def test_sigma_has_one_value_per_sample_and_the_type_of_x_in_every_call(row, sampler, N):
-    t = row.time_steps(N)                         # float64, whatever x is
+def test_sigma_has_one_value_per_sample_and_the_type_of_x_in_every_call(row, sampler):
+    t = row.time_steps(18)                        # float64, whatever x is
 
     def denoise(x, sigma):
         assert sigma.shape == (len(x), *[1] * (x.ndim - 1))
@@ -763,68 +673,42 @@ def test_sigma_has_one_value_per_sample_and_the_type_of_x_in_every_call(row, sam
         assert y.shape == x.shape and y.dtype == dtype and y.isfinite().all()
         # images and points are the same to a sampler
         points = sample(sampler, denoise, x.to(dtype).flatten(1), t, row)
-        close(points.view_as(y), y, atol=1e-9 if dtype == torch.float64 else 1e-4)
+        close(points.view_as(y), y, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
         results.append(y.double())
     if sampler not in STOCHASTIC:                        # there the draws depend on the type
         close(*results, rtol=1e-4, atol=1e-4 if sampler in FIXED else 1e-3)
 
 
 @every_frame
-@every_sampler
-def test_a_network_that_reads_sigma_and_one_that_embeds_an_integer_t_run_in_every_sampler(row,
-                                                                                          sampler):
-    torch.manual_seed(0)
-    linear, embedding, ladder = torch.nn.Linear(3, 2), torch.nn.Embedding(1001, 2), DDPM()
-    embedding.weight.data = embedding.weight.data.cumsum(0) / 100    # as good as continuous in t
-
-    def reads(x, sigma):
-        return linear(torch.cat([x / (1 + sigma ** 2).sqrt(), sigma.log() / 4], dim=1)).tanh()
-
-    def embeds(x, sigma):
-        *_, t = ladder.precondition(sigma)
-        return (x / (1 + sigma ** 2) + embedding(t.long().flatten())).tanh()
-
-    for denoise in (reads, embeds):
-        t = row.time_steps(5)
-        x = start(row, t[0], randn(4, 2)).float()
-        y = sample(sampler, denoise, x, t, row)
-        assert y.shape == x.shape and y.dtype == torch.float32 and y.isfinite().all()
-
-
-@every_frame
 @every_fixed
-@pytest.mark.parametrize("N", [1, 2, 9])
-def test_nfe_is_what_each_docstring_says(row, sampler, N):
-    denoise, calls = counted(gaussian_denoise)
-    t = row.time_steps(N)
-    sample(sampler, denoise, start(row, t[0], randn(2, 2)), t, row)
+def test_nfe_is_what_each_docstring_says(row, sampler):
     factor, less = re.search(r"NFE = (\d*)N( - 1)?\.", getattr(samplers, sampler).__doc__).groups()
-    assert len(calls) == int(factor or 1) * N - (less is not None)
-    assert min(calls) > 0                                # D is never asked at sigma = 0
-
-
-@every_sampler
-def test_the_start_is_left_as_it_was_and_no_graph_is_kept(sampler):
-    gain, x = torch.ones((), dtype=torch.float64, requires_grad=True), 80 * randn(3, 2)
-    before = x.clone()
-    y = sample(sampler, lambda x, sigma: gain * gaussian_denoise(x, sigma), x,
-               EDM().time_steps(5), EDM())
-    assert torch.equal(x, before) and not y.requires_grad
+    for N in (1, 9):
+        denoise, calls = counted(gaussian_denoise)
+        t = row.time_steps(N)
+        sample(sampler, denoise, start(row, t[0], randn(2, 2)), t, row)
+        assert len(calls) == int(factor or 1) * N - (less is not None)
+        assert min(calls) > 0                            # D is never asked at sigma = 0
 
 
 @every_frame
 @every_sampler
-def test_callbacks_see_the_state_after_every_step(row, sampler):
-    N, seen = 9, []
-    t = row.time_steps(N)
+def test_callbacks_see_the_state_after_every_step_and_the_start_is_left_as_it_was(row, sampler):
+    """And no graph is kept, though the network has one."""
+    gain, seen, t = torch.ones((), dtype=torch.float64, requires_grad=True), [], row.time_steps(5)
     x = start(row, t[0], randn(4, 2))
-    y = sample(sampler, mixture_denoise, x, t, row, lambda i, x: seen.append((i, x)))
-    assert [i for i, _ in seen] == list(range(len(seen)))
-    assert torch.equal(seen[-1][1], y)
+    before = x.clone()
+
+    def denoise(x, sigma):
+        return gain * mixture_denoise(x, sigma)
+
+    y = sample(sampler, denoise, x, t, row, lambda i, x: seen.append((i, x)))
+    assert torch.equal(x, before) and not y.requires_grad
+    assert [i for i, _ in seen] == list(range(len(seen))) and torch.equal(seen[-1][1], y)
     if sampler in FIXED:
-        assert len(seen) == N
+        assert len(seen) == 5
         for i, state in seen:
-            close(state, sample(sampler, mixture_denoise, x, t[:i + 2], row))
+            close(state, sample(sampler, denoise, x, t[:i + 2], row))
 
 
 @every_frame
@@ -878,31 +762,4 @@ def test_sample_i_is_the_same_whichever_samples_share_its_batch(sampler):
 
     together = drawn([7, 8, 9])
     close(drawn([9, 7]), together[[2, 0]], atol=1e-10)
-    close(drawn([8]), together[1:2], atol=1e-10)
     assert (together[0] - together[1]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("sampler", STOCHASTIC)
-def test_stochastic_samplers_leave_the_mixture_right_in_samples(sampler):
-    """Mean and full covariance are the mixture's: within 3.5 standard errors, and a bias of .01."""
-    n, t, g = 4000, EDM(sigma_max=20.0).time_steps(150), torch.Generator().manual_seed(2)
-    settings = {"edm_stochastic": dict(S_churn=20), "ddim": dict(eta=0.5, covariance=None),
-                "predictor_corrector": dict(snr=0.05, norms=False)}          # norms are for images
-
-    def noise():
-        return torch.randn(n, 2, generator=g, dtype=torch.float64)
-
-    y = sample(sampler, mixture_denoise, mixture_samples(n) + t[0] * noise(), t, EDM(),
-               noise=noise, **settings.get(sampler, {})) - MIXTURE_MEAN
-    assert (y.mean(0).abs() < 3.5 * y.std(0) / n ** 0.5 + 0.01).all()
-    products = y.unsqueeze(2) * y.unsqueeze(1)                       # (n, 2, 2)
-    error = products.mean(0) - (0.21 * torch.outer(GAP, GAP) + V * EYE)
-    assert (error.abs() < 3.5 * products.std(0) / n ** 0.5 + 0.01).all()
-
-
-def test_rk45_starts_at_zero_and_where_nothing_moves_too():
-    t = EDM().time_steps(2)
-    x = torch.zeros(2, 3, dtype=torch.float64)
-    still = rk45(lambda x, sigma: x, x, t, EDM())[0]
-    drawn = rk45(lambda x, sigma: torch.full_like(x, 0.5), x, t, EDM())[0]
-    assert torch.equal(still, x) and torch.allclose(drawn, torch.full_like(x, 0.5), atol=1e-4)
