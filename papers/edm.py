@@ -3,42 +3,39 @@
     python -m papers.edm solvers                        from the repository's root
 
 Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
-Commands without a RUN train train.py's default run, 2 minutes on one core, and share it; those that
-take several RUNs train it with two seeds.  Distances are Frechet distances of 128 samples of each
-run (--fid-num), smaller is better; the floor is that of as many real images.
+Commands without --run train train.py's default run, 2 minutes on one core, and share it; without
+--runs, that run with two seeds.  Distances are Frechet distances of 128 samples of each run
+(--fid-num), smaller is better; the floor is that of as many real images.
 """
 
 import copy
 import math
 import sys
 from functools import partial
+from operator import itemgetter
 
 import torch
 
 import evaluate
-from evaluate import BadInput, Progress
+from evaluate import BadInput
 from losses import stf_target
 from papers import plot
 from samplers import euler, heun
-from schedules import EDM, SCHEDULES, VE, VP
+from schedules import EDM, VE, VP
 
 
 # ---- Runs and distances --------------------------------------------------------------------------
 
-def shared_run(args, seed):
-    """The run of this seed that the commands share, with what the user gave in args.options."""
-    return plot.trained(args.options, seed=seed)
-
-
-def open_run(args, run):
-    """A run's denoiser, which needs no gradients, and its options."""
+def open_run(args):
+    """The denoiser of args.run, or of the run that the commands share, and its options."""
+    run = args.run or plot.trained(args.options, seed=args.seed)
     denoiser, options = evaluate.load_run(run, args.options.get("device"))
     return denoiser.requires_grad_(False), options
 
 
 def judges_of(args):
-    """A plot.Judge of each RUN, or of the shared runs of two seeds."""
-    runs = args.runs or [shared_run(args, seed) for seed in (args.seed, args.seed + 1)]
+    """A plot.Judge of each of args.runs, or of the shared runs of two seeds."""
+    runs = args.runs or [plot.trained(args.options, seed=args.seed + k) for k in (0, 1)]
     return [plot.Judge(args, run) for run in runs]
 
 
@@ -49,71 +46,61 @@ def over_runs(judges, methods):
     """
     means, deviations, nfes = [], [], []
     for sampler, steps, how in methods:
-        found = [judge(sampler, steps, **how) for judge in judges]
-        mean, sd = plot.mean_and_sd([distance for distance, _ in found])
+        distance, calls = zip(*[judge(sampler, steps, **how) for judge in judges])
+        mean, sd = plot.mean_and_sd(distance)
         means.append(mean)
         deviations.append(sd ** 2)
-        nfes.append(plot.mean_and_sd([nfe for _, nfe in found])[0])
+        nfes.append(plot.mean_and_sd(calls)[0])
     return means, math.sqrt(sum(deviations) / len(deviations)), nfes
 
 
 # ---- Figure 1 ------------------------------------------------------------------------------------
 
-def ideal_denoiser(data, options, labels):
-    """The denoiser that minimises the loss over the whole data set   (EDM appendix B.3).
-
-        D(x; sigma) = sum_k w_k y_k,    w = softmax_k(-|x - y_k|^2/(2 sigma^2)),    all rows y_k
-
-    labels (B,): the classes of x; of a run that is told the class, only rows of that class count.
-    """
-    rows, classes = torch.from_numpy(data.x), ()
-    if options.classes:
-        classes = labels, torch.from_numpy(data.labels).to(options.device)
-
-    def ideal(x, sigma):
-        return stf_target(x, sigma.expand(len(x), *[1] * (x.ndim - 1)), rows, *classes)
-    return ideal
-
-
 def denoise(args):
     """What the ideal denoiser and a trained one make of noisy images: EDM figure 1.
 
-    The paper: with rising noise the result of the ideal denoiser goes from the clean image to the
-    mean of the data.  The table has rms distances to both, by noise level, and that of the network
-    from the ideal; of a run that is told the class, the mean is that of the class.  A second
-    picture shows the images.  Half a minute, and the run.
+        D(x; sigma) = sum_k w_k y_k,    w = softmax_k(-|x - y_k|^2/(2 sigma^2)),    all rows y_k
+
+    is ideal: it minimises the loss over the data, or over the class that it is told (appendix B.3).
+    The paper: with rising noise its answer goes from the clean image to the mean of the data.  The
+    table has rms distances to both.  A second picture has images.  Half a minute, and the run.
     """
-    denoiser, options = open_run(args, args.run or shared_run(args, args.seed))
+    denoiser, options = open_run(args)
     data, g = evaluate.run_data(options), torch.Generator().manual_seed(args.seed)
-    rows = torch.randperm(len(data.x), generator=g)[:args.num]
-    x0, labels = evaluate.take(data, rows, options.device)
-    ideal, table, panels = ideal_denoiser(data, options, labels), [], []
-    noise = torch.randn(x0.shape, generator=g).to(x0)
-    mean = ideal(x0, torch.tensor(1e5))              # so much noise leaves nothing of x0 to be seen
+    chosen = torch.randperm(len(data.x), generator=g)[:args.num]
+    x0, labels = evaluate.take(data, chosen, options.device)
+    classes = torch.from_numpy(data.labels).to(options.device)
+    if not options.classes:
+        labels = classes = None
+
+    def ideal(x, sigma):
+        sigma = sigma.expand(len(x), *[1] * (x.ndim - 1))
+        return stf_target(x, sigma, torch.from_numpy(data.x), labels, classes)
 
     def apart(x, y):
         return (x - y).square().mean().sqrt().item()
+
+    noise, rows, panels = torch.randn(x0.shape, generator=g).to(x0), [], []
+    mean = ideal(x0, torch.tensor(1e5))              # so much noise leaves nothing of x0 to be seen
     for sigma in torch.tensor(args.levels):
         x = x0 + sigma * noise
-        best = ideal(x, sigma)
-        network = evaluate.in_batches(denoiser, x, sigma, labels if options.classes else None)
-        table.append([sigma.item(), apart(best, x0), apart(best, mean), apart(network, x0),
-                      apart(network, mean), apart(network, best)])
+        best, network = ideal(x, sigma), evaluate.in_batches(denoiser, x, sigma, labels)
+        rows.append([sigma.item(), apart(best, x0), apart(best, mean), apart(network, x0),
+                     apart(network, mean), apart(network, best)])
         scaled = x / (1 + (sigma / 0.5) ** 2).sqrt()           # as the paper does, to be seen
         two = torch.stack([scaled, best, network], 1)[:2].flatten(0, 1)
         panels.append((f"sigma {sigma:g}", evaluate.to_uint8(two)))
-    axes = dict(xlabel="noise level sigma", ylabel="rms distance", yscale="linear", marker=".")
-    columns = ["sigma", "ideal - x0", "ideal - mean", "net - x0", "net - mean", "net - ideal"]
-    plot.show(args, columns, table, [
-        axes | dict(y={"ideal - x0": "to the clean image", "ideal - mean": "to the data's mean"},
-                    title="ideal denoiser"),
-        axes | dict(y={"net - x0": "to the clean image", "net - mean": "to the data's mean",
-                       "net - ideal": "to the ideal denoiser"}, title="trained network")],
-        f"How far denoised images are from the clean image and from the mean: {options.data}")
+    plot.show(
+        args, ["sigma", "ideal - x0", "ideal - mean", "net - x0", "net - mean", "net - ideal"],
+        rows,
+        [dict(y={"ideal - x0": "to the clean image", "ideal - mean": "to the data's mean"},
+              title="ideal denoiser"),
+         dict(y={"net - x0": "to the clean image", "net - mean": "to the data's mean",
+                 "net - ideal": "to the ideal denoiser"}, title="trained network")],
+        f"How far denoised images are from the clean image and from the mean: {options.data}",
+        xlabel="noise level sigma", ylabel="rms distance", yscale="linear", marker=".")
     if x0.ndim == 4:
-        path = f"{args.out}/{args.paper}-{args.command}-images.png"
-        evaluate.save_pictures(path, panels, ["noisy, scaled", "ideal", "network"] * len(x0[:2]))
-        print(path)
+        plot.pictures(args, "images", panels, ["noisy, scaled", "ideal", "network"] * len(x0[:2]))
 
 
 # ---- Figure 2 ------------------------------------------------------------------------------------
@@ -133,37 +120,33 @@ def solvers(args):
     Distance by NFE of one network.  euler: --other's sampler (vp or ve), Euler's method with its
     own time steps, sigma(t) and s(t); heun: Heun's method instead; + t_i: and EDM's time steps;
     + sigma, s: and EDM's sigma(t) = t, s(t) = 1; euler edm: these with Euler's method; rk45: the
-    adaptive solver on --other's schedule.  Euler's method takes 2N - 1 steps where Heun's takes N.
-    The paper: each change lowers FID at equal NFE.  sd: over runs.  7 minutes on one core, and the
-    runs.
+    adaptive solver on --other's schedule.  The paper: each change lowers FID at equal NFE.  7
+    minutes on one core, and the runs.
     """
     if args.other not in ("vp", "ve"):
         raise BadInput(f"--other {args.other} is not vp or ve")
-    other, name, judges = SCHEDULES[args.other](), args.other.upper(), judges_of(args)
+    other, name, judges = dict(vp=VP, ve=VE)[args.other](), args.other.upper(), judges_of(args)
     curves = {
         "euler": ("euler", other, f"Euler, {name}'s time steps and schedule"),
         "heun": ("heun", other, f"Heun, {name}'s time steps and schedule"),
         "+ t_i": ("heun", with_edm_steps(other), f"Heun, EDM's time steps, {name}'s schedule"),
         "+ sigma, s": ("heun", EDM(), "Heun, EDM's time steps and schedule"),
         "euler edm": ("euler", EDM(), "Euler, EDM's time steps and schedule")}
-    rows, told = [], Progress("rows of the table", len(args.N) + len(args.rtol))
-    for N in args.N:
+    rows = []
+    for N in plot.progress("numbers of steps", args.N):
         means, sd, nfes = over_runs(judges, [
             (sampler, 2 * N - 1 if sampler == "euler" else N, dict(schedule=schedule))
             for sampler, schedule, _ in curves.values()])
         rows.append([nfes[0], *means, None, sd])
-        told(len(rows))
-    for rtol in args.rtol:
-        means, sd, nfes = over_runs(judges, [("rk45", 2, dict(schedule=other, rtol=rtol))])
-        rows.append([nfes[0], *[None] * len(curves), *means, sd])
-        told(len(rows))
+    for rtol in plot.progress("tolerances", args.rtol):
+        (mean,), sd, (nfe,) = over_runs(judges, [("rk45", 2, dict(schedule=other, rtol=rtol))])
+        rows.append([nfe, *[None] * len(curves), mean, sd])
     labels = {column: label for column, (_, _, label) in curves.items()}
     labels["rk45"] = f"adaptive rk45, {name}'s schedule"
-    plot.show(args, ["NFE", *labels, "sd"], sorted(rows), [
-        dict(y=labels, spread={column: "sd" for column in labels}, floor=judges[0].floor,
-             xlabel="NFE: calls of the network for a sample", ylabel=judges[0].name, marker=".")],
-        f"Solver, time steps, schedule: {judges[0].options.data}, real data at "
-        f"{judges[0].floor:.3g}", size=(7.5, 5.5))
+    plot.show(args, ["NFE", *labels, "sd"], sorted(rows, key=itemgetter(0)),
+              [dict(y=labels, xlabel="NFE: calls of the network for a sample")],
+              f"Solver, time steps, schedule of the sampler: {judges[0].options.data}",
+              spread=dict.fromkeys(labels, "sd"), **judges[0].axes)
 
 
 # ---- Figure 3 ------------------------------------------------------------------------------------
@@ -188,39 +171,37 @@ def trajectories(args):
     """The flow's lines in 1-D under three schedules, and how curved they are: EDM figure 3.
 
     Data at +1 and -1; nothing is trained.  The table has the error of Euler's method, which on
-    straight lines makes none, with the same noise levels under VP, VE and EDM: rms over levels and
-    lines, in standard deviations of x.  The paper: EDM's lines are the straightest.  A second
-    picture shows the lines.  Seconds.
+    straight lines makes none, with the same noise levels under each schedule: rms over levels and
+    lines.  The paper: EDM's lines are the straightest.  A second picture has the lines.  Seconds.
     """
     if any(150 % N for N in args.N):
         raise BadInput("--N: give numbers that 150 is divisible by")
     starts = torch.tensor([-2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2], dtype=torch.float64)
-    schedules, columns, errors, lines, panels = dict(VP=VP(), VE=VE(), EDM=EDM()), [], [], {}, []
+    schedules, errors, lines, panels = dict(VP=VP(), VE=VE(), EDM=EDM()), {}, [], []
     for top in args.levels:
         sigma = EDM(sigma_max=top).time_steps(151)[:-1]                           # (151,)
         for name, schedule in schedules.items():
             t, x = flow_lines(heun, schedule, sigma, starts)                      # (151, 8)
             deviation = (schedule.s(t) * (1 + sigma ** 2).sqrt())[:, None]
-            columns.append(f"{name}, {top:g}")
-            errors.append([])
+            errors[f"{name}, {top:g}"] = own = []
             for N in args.N:
                 coarse = flow_lines(euler, schedule, sigma[::150 // N], starts)[1]
                 error = (coarse - x[::150 // N]) / deviation[::150 // N]
-                errors[-1].append(error.square().mean().sqrt().item())
-            own = [f"{columns[-1]}, {start}" for start in starts.tolist()]
-            lines |= {columns[-1]: t.tolist()} | dict(zip(own, x.T.tolist()))
-            panels.append(dict(x=columns[-1], y=own, title=f"{name}, up to sigma {top:g}",
-                               xlabel="time t", xscale="linear", ylabel="x", yscale="linear",
-                               legend=False))
-    plot.show(args, ["steps", *columns], list(zip(args.N, *errors)), [
-        dict(y={f"{name}, {top:g}": name for name in schedules}, title=f"from sigma {top:g} down",
-             xlabel="steps of Euler's method", ylabel="error, in standard deviations of x",
-             marker=".") for top in args.levels],
-        "Euler's error under three schedules, same noise levels: data at +1 and -1")
-    path = f"{args.out}/{args.paper}-{args.command}-lines.png"
-    if plot.draw(path, list(lines), list(zip(*lines.values())), panels,
-                 "Lines of the probability flow of data at +1 and -1 under three schedules"):
-        print(path)
+                own.append(error.square().mean().sqrt().item())
+            title = f"{name}, from sigma {top:g} down"
+            panels.append(dict(where=("panel", title), title=title))
+            for start, line in zip(starts.tolist(), x.T.tolist()):
+                lines += [[title, start, *point] for point in zip(t.tolist(), line)]
+    plot.show(args, ["steps", *errors], list(zip(args.N, *errors.values())),
+              [dict(y={f"{name}, {top:g}": name for name in schedules},
+                    title=f"from sigma {top:g} down") for top in args.levels],
+              "Euler's error under three schedules, same noise levels: data at +1 and -1",
+              xlabel="steps of Euler's method", ylabel="error, in standard deviations of x",
+              marker=".")
+    plot.draw(f"{args.out}/edm-trajectories-lines.png", ["panel", "start", "t", "x"], lines, panels,
+              "Lines of the probability flow of data at +1 and -1 under three schedules", x="t",
+              y=["x"], by="start", xlabel="time t", ylabel="x", xscale="linear", yscale="linear",
+              legend=False)
 
 
 # ---- Figure 4 ------------------------------------------------------------------------------------
@@ -230,36 +211,29 @@ def churn(args):
 
     Each step first adds noise, gamma = min(S_churn/N, sqrt(2) - 1) of sigma, where sigma is within
     [S_tmin, S_tmax], of standard deviation S_noise.  The settings are all; interval: S_noise is 1;
-    S_noise: at all sigma; neither.  S_churn 0 is Heun's method, deterministic.  SDE: Euler-Maruyama
-    with as many NFE.  The paper: with all on, noise helps at a large NFE and harms at a small one;
-    Euler-Maruyama is far behind.  sd: over runs, of all but SDE.  8 minutes on one core, and the
-    runs.
+    S_noise: at all sigma; neither.  SDE: Euler-Maruyama.  The paper: with all on, noise helps at a
+    large NFE and harms at a small one; Euler-Maruyama is far behind.  sd: over runs, of all but
+    SDE.  8 minutes on one core, and the runs.
     """
     judges, rows, panels = judges_of(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)
     at = f"{args.S_tmin:g} <= sigma <= {args.S_tmax:g}"
-    noisy = {"all": f"{at}, S_noise {args.S_noise:g}", "interval": f"{at}, S_noise 1",
-             "S_noise": f"any sigma, S_noise {args.S_noise:g}", "neither": "any sigma, S_noise 1"}
-    labels = noisy | {"SDE": "Euler-Maruyama, equal NFE"}
-    told = Progress("rows of the table", len(args.N) * (1 + len(args.S_churn)))
-    for k, N in enumerate(args.N):
+    labels = {"all": f"{at}, S_noise {args.S_noise:g}", "interval": f"{at}, S_noise 1",
+              "S_noise": f"any sigma, S_noise {args.S_noise:g}", "neither": "any sigma, S_noise 1"}
+    for N in plot.progress("numbers of steps", args.N):
         (plain,), sd, nfes = over_runs(judges, [("heun", N, dict(schedule=EDM()))])
         (sde,), _, _ = over_runs(judges, [("euler-maruyama", 2 * N - 1, dict(schedule=EDM()))])
-        left, right = [None] * k, [None] * (len(args.N) - k - 1)
-        rows.append([*left, 0.0, *right, *[plain] * 4, sde, sd])
+        rows.append([N, 0.0, *[plain] * 4, sde, sd])
         for S_churn in args.S_churn:
             means, sd, _ = over_runs(judges, [
                 ("edm-stochastic", N, setting | dict(schedule=EDM(), S_churn=S_churn))
                 for setting in (interval | S_noise, interval, S_noise, {})])
-            rows.append([*left, S_churn, *right, *means, sde, sd])
-            told(len(rows))
-        panels.append(dict(x=f"S_churn, {N}", y=labels, spread={name: "sd" for name in noisy},
-                           floor=judges[0].floor, title=f"{N} steps, NFE {nfes[0]:g}",
-                           xlabel="S_churn (0: Heun, deterministic)", ylabel=judges[0].name,
-                           xscale="linear", marker=".", legend=k == 0))
-    plot.show(args, [*(f"S_churn, {N}" for N in args.N), *labels, "sd"], rows, panels,
-              f"Fresh noise while sampling: {judges[0].options.data}, real data at "
-              f"{judges[0].floor:.3g}", size=(5.2, 4.4))
+            rows.append([N, S_churn, *means, sde, sd])
+        panels.append(dict(where=("N", N), title=f"{N} steps, NFE {nfes[0]:g}"))
+    plot.show(args, ["N", "S_churn", *labels, "SDE", "sd"], rows, panels,
+              f"Fresh noise while sampling: {judges[0].options.data}", x="S_churn", xscale="linear",
+              y=labels | {"SDE": "Euler-Maruyama, equal NFE"}, spread=dict.fromkeys(labels, "sd"),
+              xlabel="S_churn, amount of noise (0: Heun, deterministic)", **judges[0].axes)
 
 
 # ---- Table 2 -------------------------------------------------------------------------------------
@@ -283,29 +257,24 @@ def configs(args):
     E  + loss: ln sigma ~ N(P_mean, P_std^2), weight 1/c_out^2
     F  + augmentation, of which the network is told
 
-    Sampled as in the paper by Heun's method with EDM's 18 time steps (NFE 35), with which FID falls
-    from A to F.  Not to be had at this scale: B's batch four times as large, for at equal steps
-    these would be four times the images; its dropout, and F's gain, which are against overfitting,
-    but 6,400 images overfit nothing.  sd: over two seeds.  16 minutes on one core.
+    Sampled as in the paper by Heun's method with EDM's 18 time steps.  The paper: FID falls from A
+    to F.  Left out at this scale: B's batch four times as large, which at equal steps is four times
+    the images, and its dropout.  16 minutes on one core.
     """
-    rows, options, told = [], {}, Progress("rows of the table", len(CONFIGS))
+    def draws(name, folder):
+        yield "heun", folder, dict(sampler="heun", steps=18, schedule=EDM())
+
+    variants, options = {}, dict(steps=400)
     for name, change in CONFIGS.items():
-        options |= change
-        own = {key: value for key, value in options.items() if key not in args.options}
-        distances = []
-        for seed in (args.seed, args.seed + 1):
-            given = dict(steps=400) | args.options
-            run = plot.trained(given, **own, seed=seed)
-            judge = plot.Judge(args, run)
-            distances.append(judge("heun", 18, schedule=EDM())[0])
-        rows.append([name, *plot.mean_and_sd(distances), *distances])
-        told(len(rows))
-    plot.show(args, ["config", "mean", "sd", "one seed", "another"], rows, [
-        dict(y=dict(mean="mean of two seeds, and sd"), spread=dict(mean="sd"), floor=judge.floor,
-             xlabel="each with all the changes before it", ylabel=judge.name, xscale="linear",
-             marker="o")],
-        f"EDM's changes to training: {judge.options.data}, {judge.options.steps} steps each, "
-        f"real data at {judge.floor:.3g}", size=(9, 4.5))
+        options = options | change
+        variants[name] = options | args.options
+    found, judge = plot.distances(args, variants, draws)
+    rows = [[name, *found["heun"][name][:2]] for name in CONFIGS]
+    plot.show(args, ["config", "mean", "sd"], rows,
+              [dict(y=dict(mean="mean of two seeds, and sd"), spread=dict(mean="sd"),
+                    xlabel="each with all the changes before it", xscale="linear")],
+              f"EDM's changes to training: {judge.options.data}, {judge.options.steps} steps each",
+              **judge.axes)
 
 
 # ---- Local truncation error ----------------------------------------------------------------------
@@ -314,14 +283,14 @@ def local_errors(denoise, x, sigma, fine=16):
     """The error that one step of Euler's and of Heun's method adds, rms over x's coordinates.
 
     sigma (N,) falling, x (B, ...) at sigma[0].  From each sigma_i to the next, Heun's method with
-    `fine` small steps gives the true x, at which the next step starts -> [(sigma_i, Euler, Heun)].
+    `fine` small steps gives the true x, at which the next step starts -> [[sigma_i, Euler, Heun]].
     """
     schedule, errors = EDM(), []
     for a, b in zip(sigma[:-1], sigma[1:]):
         small = EDM(sigma_min=b.item(), sigma_max=a.item()).time_steps(fine + 1)[:-1]
         true = heun(denoise, x, small, schedule)
         one = [step(denoise, x, torch.stack([a, b]), schedule) for step in (euler, heun)]
-        errors.append((a.item(), *((y - true).square().mean().sqrt().item() for y in one)))
+        errors.append([a.item(), *((y - true).square().mean().sqrt().item() for y in one)])
         x = true
     return errors
 
@@ -331,52 +300,32 @@ def truncation(args):
 
         sigma_i = (sigma_max^(1/rho) + i/(N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
 
-    Rms over pixels and --num samples of a trained network, against 16 small steps.  The paper: rho
-    = 3 nearly equalises the errors, but 5 to 10 give better images: errors at little noise cost
-    more.  Printed: the largest error over the smallest, and the distance of samples that Heun's
-    method draws with this rho, +- sd over runs.  3 minutes on one core, and the runs.
+    Rms over pixels and --num samples of a trained network, against 16 small steps; and the distance
+    of samples by Heun's method with this rho.  The paper: rho = 3 nearly equalises the errors, but
+    5 to 10 give better images: errors at little noise cost more.  3 minutes, and the runs.
     """
-    judges, rows, rhos, both = judges_of(args), [], args.rho, ("Euler", "Heun")
-    options, told = judges[0].options, Progress("values of rho", len(rhos))
+    judges, rows = judges_of(args), []
+    options, g = judges[0].options, torch.Generator().manual_seed(args.seed)
     classes = evaluate.draw_labels(range(args.num), options)
     own = None if classes is None else classes.to(options.device)
-    g, curves = torch.Generator().manual_seed(args.seed), {how: {} for how in both}
     noise = torch.randn(args.num, *options.shape, generator=g).to(options.device)
-    for rho in rhos:
+    for rho in plot.progress("values of rho", args.rho):
         schedule = EDM(rho=rho)
-        found = local_errors(partial(judges[0].denoiser, labels=own), schedule.sigma_max * noise,
-                             schedule.time_steps(args.N)[:-1])
-        means, sd, _ = over_runs(judges, [("heun", args.N, dict(schedule=schedule))])
-        for how, errors in zip(both, list(zip(*found))[1:]):
-            curves[how][f"{how}, {rho:g}"] = f"rho = {rho:g}"
-            print(f"rho {rho:g}: largest over smallest error of {how}'s method, "
-                  f"{max(errors) / min(errors):.3g}")
-        curves["Heun"][f"Heun, {rho:g}"] += f": samples at {means[0]:.3g} +- {sd:.1g}"
-        print(f"rho {rho:g}: distance of samples {means[0]:.4g} +- {sd:.2g}")
-        for sigma, *pair in found:
-            rows.append([sigma, *(error if other == rho else None for error in pair
-                                  for other in rhos)])
-        told(len(curves["Heun"]))
-    plot.show(args, ["sigma", *curves["Euler"], *curves["Heun"]], rows, [
-        dict(y=curves[how], title=f"one step of {how}'s method", ylabel="rms error", marker=".",
-             xlabel="noise level sigma at which the step starts") for how in both],
-        f"Local truncation error, {args.N} steps: {options.data}, real data at "
-        f"{judges[0].floor:.3g}", size=(5.4, 4))
+        (mean,), sd, _ = over_runs(judges, [("heun", args.N, dict(schedule=schedule))])
+        for errors in local_errors(partial(judges[0].denoiser, labels=own),
+                                   schedule.sigma_max * noise, schedule.time_steps(args.N)[:-1]):
+            rows.append([rho, *errors, mean, sd])
+    plot.show(
+        args, ["rho", "sigma", "Euler", "Heun", "samples", "sd samples"], rows,
+        [*(dict(x="sigma", y=[how], by="rho", title=f"one step of {how}'s method",
+                xlabel="noise level sigma at which the step starts", ylabel="rms error")
+           for how in ("Euler", "Heun")),
+         dict(judges[0].axes, x="rho", y=["samples"], xlabel="rho", xscale="linear",
+              title="samples of Heun's method")],
+        f"Local truncation error by rho, {args.N} steps: {options.data}", marker=".")
 
 
 # ---- Figure 5a -----------------------------------------------------------------------------------
-
-def log_density(schedule, levels, count=100_000):
-    """The density of ln sigma in training at levels (L,), evenly spaced in ln sigma: (L,).
-
-    The share of `count` evenly drawn sigmas that is within half a space of the level, by space.
-    """
-    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    drawn, centre = schedule.training_sigma(u).log(), levels.double().log()
-    space = (centre[-1] - centre[0]) / (len(levels) - 1)
-    near = (drawn - centre[:, None]).abs() < space / 2                            # (L, count)
-    return near.double().mean(1) / space
-
 
 def loss(args):
     """The loss by noise level before and after training, and where training looks: EDM figure 5a.
@@ -384,11 +333,10 @@ def loss(args):
         weight(sigma) E|D(x0 + sigma eps; sigma) - x0|^2/d,    and the density of ln sigma
 
     on images that training did not see.  The paper: under EDM's preconditioning and weight the loss
-    begins near 1 at every level, and falls at middle levels alone.  At low noise there is too
-    little noise to be seen, at high noise too little else; so training goes to the middle.
-    Half a minute, and the run.
+    begins near 1 at every level, and falls at middle levels alone, so training goes there.  Half a
+    minute, and the run.
     """
-    denoiser, options = open_run(args, args.run or shared_run(args, args.seed))
+    denoiser, options = open_run(args)
     torch.manual_seed(options.seed)                                # so does train.py's run begin
     fresh = evaluate.build_denoiser(options).to(options.device).eval()
     x0, labels = evaluate.held_out(evaluate.run_data(options), options, args.num)
@@ -396,17 +344,16 @@ def loss(args):
     before, after = (evaluate.denoising_error(network, x0, labels, levels.tolist())
                      for network in (fresh, denoiser))
     weight = evaluate.build_weight(options)(levels)
-    density = log_density(evaluate.build_schedule(options), levels)
+    density = torch.from_numpy(plot.log_density(evaluate.build_schedule(options), levels))
     rows = torch.stack([levels, weight * torch.tensor(before), weight * torch.tensor(after),
                         density.float()], 1).tolist()
-    plot.show(args, ["sigma", "before", "after", "density"], rows, [
-        dict(y={"before": "before training", "after": f"after {options.step} steps"}, marker=".",
-             yscale="linear", ylim=(0, None), xlabel="noise level sigma",
-             ylabel="loss, weighted as in training"),
-        dict(y=["density"], yscale="linear", xlabel="noise level sigma", legend=False,
-             ylabel="density of ln sigma in training")],
+    plot.show(
+        args, ["sigma", "before", "after", "density"], rows,
+        [dict(y={"before": "before training", "after": f"after {options.step} steps"},
+              ylim=(0, None), ylabel="loss, weighted as in training", marker="."),
+         dict(y=["density"], ylabel="density of ln sigma in training")],
         f"Loss by noise level, and where training looks: {options.data}, {options.loss} loss, "
-        f"{options.schedule} schedule")
+        f"{options.schedule} schedule", xlabel="noise level sigma", yscale="linear")
 
 
 COMMANDS = {
@@ -417,10 +364,9 @@ COMMANDS = {
     "trajectories": (trajectories, dict(levels=[25.0, 1.0], N=[5, 10, 15, 30, 75, 150])),
     "churn": (churn, dict(runs=[], N=[8, 32], S_churn=[1.0, 3.0, 10.0], S_tmin=0.05, S_tmax=1.0,
                           S_noise=1.003)),
-    "configs": (configs, {}),
+    "configs": (configs, dict(seeds=2)),
     "truncation": (truncation, dict(runs=[], num=16, N=18, rho=[1.0, 3.0, 7.0, 10.0])),
-    "loss": (loss, dict(run=None, num=256)),
-}
+    "loss": (loss, dict(run=None, num=256))}
 
 if __name__ == "__main__":
     sys.exit(plot.main("edm", COMMANDS))

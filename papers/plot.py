@@ -15,16 +15,18 @@ import json
 import math
 import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import evaluate
 import train
-from evaluate import BadInput, Progress, attempt
+from evaluate import BadInput, Progress
+from losses import stf_target
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = str(Path(__file__).parent / "results")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -32,23 +34,22 @@ RESULTS = Path(__file__).parent / "results"
 def main(paper, commands, argv=None):
     """The command line of a paper's file.
 
-    commands: {name: (function, {argument: default})}; a list's default takes several values, None
-    a path.  The function gets the arguments as attributes, with args.paper, args.command and
-    args.options, a dict for train.Options.  Its docstring's first paragraph is its help.
+    commands: {name: (function, {argument: default})}.  The function gets the arguments as
+    attributes, with args.paper, args.command and args.options, a dict for train.Options.
     """
-    p = evaluate.Parser(prog=f"python -m papers.{paper}", description=__doc__.split("\n\n")[0])
+    p = evaluate.Parser(prog=f"python -m papers.{paper}", description="Figures and tables of the "
+                        "paper.  Options that a command does not know go to train.py's runs.")
     known = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, arguments) in commands.items():
-        about = function.__doc__.split("\n\n")[0]
-        command = known.add_parser(name, help=about.split(".")[0], description=function.__doc__)
-        for argument, default in (arguments | dict(seed=0, out=str(RESULTS))).items():
+        command = known.add_parser(name, help=function.__doc__.split("\n")[0],
+                                   description=function.__doc__)
+        for argument, default in (arguments | dict(seed=0, out=RESULTS)).items():
             add_argument(command, argument, default)
     try:
         args, rest = p.parse_known_args(argv)
         args.paper, args.options = paper, vars(train.parser().parse_args(rest))
-        start = time.time()
+        os.makedirs(args.out, exist_ok=True)
         commands[args.command][0](args)
-        print(f"{(time.time() - start) / 60:.1f} minutes")
         return 0
     except (BadInput, OSError, FloatingPointError) as error:
         print(f"papers.{paper}: {error}", file=sys.stderr)
@@ -59,22 +60,25 @@ def main(paper, commands, argv=None):
 
 
 def add_argument(command, name, default):
-    """An argument whose type is that of its default; run and runs are positional."""
+    """An option whose type is that of its default; a list takes several values; None is a path."""
     several = isinstance(default, (list, tuple))
+    example = default[0] if several and default else "" if several or default is None else default
     shown = " ".join(map(str, default)) if several else default
-    how = dict(default=default)
-    if name in ("run", "runs"):
-        command.add_argument(name, nargs="*" if several else "?", metavar="RUN", help="folder that "
-                             "train.py made", **how)
-        return
-    kind = type(default[0] if several else default) if default is not None else str
-    command.add_argument(f"--{name}", type=kind, nargs="+" if several else None, metavar=name[0].
-                         upper(), help=f"default: {shown}", **how)
+    command.add_argument(f"--{name}", type=type(example), nargs="+" if several else None,
+                         default=default, metavar=name[0].upper(), help=f"default: {shown}")
+
+
+def progress(what, items):
+    """The items one by one; stderr is told how many are done."""
+    told = Progress(what, len(items))
+    for i, item in enumerate(items):
+        yield item
+        told(i + 1)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
-def trained(given, root="plots/runs", **own):
+def trained(given, **own):
     """The folder of a run with these options, trained now, or kept from an earlier command.
 
     given: options for all runs of a command; own: those of this run, which win.
@@ -82,7 +86,7 @@ def trained(given, root="plots/runs", **own):
     options = dict(data="digits") | given | own
     key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:10]
     name = "-".join(str(options.get(n, "")) for n in ("data", "loss", "schedule", "weight", "seed"))
-    folder = f"{root}/{name.replace('/', '_')}-{key}"
+    folder = f"plots/runs/{name.replace('/', '_')}-{key}"
     wanted = train.Options(**options | dict(out=folder))
     if Path(folder, "done").is_file():
         return folder
@@ -95,10 +99,31 @@ def trained(given, root="plots/runs", **own):
     return folder
 
 
+def compared(args, variants):
+    """The runs that a command compares, args.runs or those of variants, {name: options}.
+
+    Returns {name: denoise(x, sigma)} for held-out images x0, these x0, their labels, and the
+    options of the first run.
+    """
+    folders = {folder: folder for folder in args.runs}
+    if not folders:
+        folders = {name: trained(given, seed=args.seed) for name, given in variants.items()}
+    runs = [evaluate.load_run(folder, args.options.get("device")) for folder in folders.values()]
+    options = runs[0][1]
+    for folder, (_, own) in zip(folders.values(), runs):
+        if (own.fingerprint, own.classes) != (options.fingerprint, options.classes):
+            raise BadInput(f"{folder} was trained on other data or classes than the first run; "
+                           "name runs that were trained on the same")
+    x0, labels = evaluate.held_out(evaluate.run_data(options), options, args.num)
+    denoisers = {name: partial(network, labels=labels) for name, (network, _) in zip(folders, runs)}
+    return denoisers, x0, labels, options
+
+
 class Judge:
     """A run's denoiser, and the distance of its samples to its data.
 
-    run: a folder, or one of its checkpoints.  like: a Judge of a run on the same data.
+    run: a folder, or one of its checkpoints.  like: a Judge of a run on the same data.  Its axes
+    are for `show`.
     """
 
     def __init__(self, args, run, like=None):
@@ -110,7 +135,8 @@ class Judge:
         self.real = like.real if like else evaluate.real_statistics(
             evaluate.run_data(options), self.num, self.features)
         self.floor = self.real["floor"]
-        self.name = evaluate.distance_name(self.features[0], self.num)
+        label = f"Frechet distance of {self.num} samples, by {self.features[0]}"
+        self.axes = dict(ylabel=label, floor=self.floor, marker="o")
 
     def __call__(self, sampler, steps, **how):
         """The distance, and the number of function evaluations (NFE): calls of D for a sample."""
@@ -121,45 +147,83 @@ class Judge:
 
 
 def distances(args, variants, draws):
-    """How far samples of runs are from the data: {case: {name: a distance for each seed}}.
+    """How far samples of runs are from the data: {case: {name: (mean, sd, NFE)}} over the seeds.
 
-    variants: {name: options of its runs}, trained with args.seeds seeds.  draws(folder): for each
-    case, whose weights draw the samples of that run, and how.  Also returns the last Judge.
+    variants: {name: options of its runs}, trained with args.seeds seeds.  draws(name, folder): for
+    each case, whose weights draw the samples of that run, and how.  Also returns the last Judge.
     """
     found, judge = {}, None
-    runs = list(itertools.product(variants, range(args.seed, args.seed + args.seeds)))
-    told = Progress("runs", len(runs))
-    for i, (name, seed) in enumerate(runs):
+    seeds = range(args.seed, args.seed + args.seeds)
+    for name, seed in progress("runs", list(itertools.product(variants, seeds))):
         folder = trained(variants[name], seed=seed)
-        for case, path, how in draws(folder):
+        for case, path, how in draws(name, folder):
             judge = Judge(args, path, judge)
-            found.setdefault(case, {}).setdefault(name, []).append(judge(**how)[0])
-        told(i + 1)
+            found.setdefault(case, {}).setdefault(name, []).append(judge(**how))
+    for values in found.values():
+        for name, pairs in values.items():
+            distance, calls = zip(*pairs)
+            values[name] = *mean_and_sd(distance), mean_and_sd(calls)[0]
     return found, judge
+
+
+def mean_and_sd(values):
+    """The mean and the standard deviation over seeds of a list of numbers; 0 for a single one."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+
+
+def with_sd(names):
+    """The columns of means and standard deviations: "name", "sd name" for each of the names."""
+    return [column for name in names for column in (name, f"sd {name}")]
+
+
+def cells(values, names):
+    """What stands in these columns: values is {name: (mean, sd, ...)}."""
+    return [cell for name in names for cell in values[name][:2]]
+
+
+# ---- Data and noise ------------------------------------------------------------------------------
+
+def mixture_mean(x, sigma, means, s):
+    """E[x0 | x] where x0 is N(m_k, s^2 I), and each of the means m_k is as likely as any other.
+
+        (s^2 x + sigma^2 sum_k p_k m_k)/(s^2 + sigma^2)
+
+    p_k = softmax_k(-|x - m_k|^2/(2 (s^2 + sigma^2))): stf_target of references m_k has the sum.
+    x (B, d), sigma (B, 1), means (K, d) -> (B, d).
+    """
+    total = s ** 2 + sigma ** 2
+    return (s ** 2 * x + sigma ** 2 * stf_target(x, total.sqrt(), means)) / total
+
+
+def log_density(schedule, levels):
+    """The density of ln sigma in training, du/d ln sigma of training_sigma(u): (L,) -> an array."""
+    u = torch.special.ndtr(torch.linspace(-6, 6, 20_001, dtype=torch.float64))
+    z = schedule.training_sigma(u).log()
+    return np.interp(levels.log(), z, np.gradient(u, z), left=0, right=0)
 
 
 # ---- Table, CSV, picture -------------------------------------------------------------------------
 
-def show(args, columns, rows, panels, title, most=24, size=(4.8, 3.8)):
+def show(args, columns, rows, panels, title, **shared):
     """A result as a table on the terminal, as a CSV, and, with matplotlib, as a picture.
 
     rows: lists of numbers and words, one for each of columns.  panels: one dict for each set of
-    axes, see `axes`.  title: one line that says what is compared, on which data.
+    axes, see `axes`; shared: what holds for all of them.  title: what is compared, on which data.
     """
     print(f"\n{title}\n")
     width = [max(11, len(name) + 2) for name in columns]
     print("".join(f"{name:>{w}}" for name, w in zip(columns, width)))
-    step = math.ceil(len(rows) / most)
+    step = math.ceil(len(rows) / 30)
     for row in [*rows[:-1:step], rows[-1]]:
         print("".join(f"{text(cell, 4):>{w}}" for cell, w in zip(row, width)))
-    where = os.path.join(args.out, f"{args.paper}-{args.command}")
-    attempt(args.out, "choose another --out", os.makedirs, args.out, exist_ok=True)
-    with attempt(f"{where}.csv", "choose another --out", open, f"{where}.csv", "w",
-                 newline="") as file:
+    if "floor" in shared:
+        print(f"\nas many real samples: {shared['floor']:.4g}")
+    path = f"{args.out}/{args.paper}-{args.command}"
+    with open(f"{path}.csv", "w", newline="") as file:
         csv.writer(file).writerows([columns, *([text(c, 6) for c in row] for row in rows)])
-    print(f"\n{where}.csv" + (f" has all {len(rows)} rows" if step > 1 else ""))
-    if draw(f"{where}.png", columns, rows, panels, title, size):
-        print(f"{where}.png")
+    print(f"\n{path}.csv" + (f" has all {len(rows)} rows" if step > 1 else ""))
+    draw(f"{path}.png", columns, rows, panels, title, **shared)
 
 
 def text(cell, digits):
@@ -167,58 +231,67 @@ def text(cell, digits):
     return "" if cell is None else f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
 
 
-def draw(path, columns, rows, panels, title, size=(4.8, 3.8)):
-    """The panels side by side as a PNG; False where matplotlib is not installed."""
+def draw(path, columns, rows, panels, title, **shared):
+    """The panels side by side as a PNG, if matplotlib is installed."""
     try:
-        from matplotlib import figure
+        from matplotlib import figure, ticker
     except ImportError:
         print("(with matplotlib installed, a picture of this table would be drawn)")
-        return False
+        return
     wide = len(panels) if len(panels) < 5 else math.ceil(len(panels) / 2)
     high = math.ceil(len(panels) / wide)
-    page = figure.Figure(figsize=(size[0] * wide, size[1] * high))
-    cells = dict(zip(columns, zip(*rows)))
-    for ax, panel in zip(page.subplots(high, wide, squeeze=False).flat, panels):
-        axes(ax, cells, columns[0], panel)
+    page = figure.Figure(figsize=(5.2 * wide, 4.2 * high) if len(panels) > 1 else (9, 5))
+    for i, panel in enumerate(panels):
+        ax = page.add_subplot(high, wide, i + 1)
+        axes(ax, columns, rows, shared | panel)
+        if ax.get_yscale() == "log":                                           # 20, not 2 x 10^1
+            plain = partial(ticker.LogFormatter, minor_thresholds=(2, 0.5))
+            ax.yaxis.set_major_formatter(plain())
+            ax.yaxis.set_minor_formatter(plain())
     page.suptitle(title)
     page.tight_layout()
     page.savefig(path, dpi=90)
-    return True
+    print(path)
 
 
-def axes(ax, cells, first, panel):
-    """One set of axes.  panel: y {column: label} or a list of columns, xlabel, ylabel; where wanted
-    x (a column; else the first), title, xscale, yscale ("log"), xlim, ylim, spread {column: column
-    of standard deviations}, floor (a number: what real data get), legend (True), marker, where (a
-    column and the value that it has in the rows of this panel)."""
-    x, names = panel.get("x", first), panel["y"]
-    column, value = panel.get("where", (x, None))
-    rows = {j for j, cell in enumerate(cells[column]) if value in (None, cell)}
-    labels = names if isinstance(names, dict) else {name: name for name in names}
-    for i, (name, label) in enumerate(labels.items()):
-        points = [(a, b, j) for j, (a, b) in enumerate(zip(cells[x], cells[name]))
-                  if j in rows and a is not None and b is not None]
-        place, value, index = zip(*points) if points else ((), (), ())
-        style = dict(label=label, linestyle=["-", "--", "-.", ":"][i % 4],
-                     linewidth=3 - 2 * i / len(labels), marker=panel.get("marker"))
-        spread = panel.get("spread", {}).get(name)
-        if spread:
-            ax.errorbar(place, value, [cells[spread][j] for j in index], capsize=3, **style)
-        else:
-            ax.plot(place, value, **style)
-    if panel.get("floor") is not None:
+def axes(ax, columns, rows, panel):
+    """One set of axes.  panel: y, columns, as a list or {column: label}; where wanted x (a column;
+    else the first), where (a column and its value in the rows of this panel), by (a column: a curve
+    for each of its values), spread ({column: that of its standard deviations}, if not "sd COLUMN"),
+    floor (a number: what real data get), legend (True), marker, and what matplotlib's `set` has."""
+    panel = dict(x=columns[0], xscale="log", yscale="log") | panel
+    names = panel["y"] if isinstance(panel["y"], dict) else {name: name for name in panel["y"]}
+    rows = [dict(zip(columns, row)) for row in rows]
+    if "where" in panel:
+        rows = [row for row in rows if row[panel["where"][0]] == panel["where"][1]]
+    ax.set(xscale=panel["xscale"], yscale=panel["yscale"])     # later would undo words on an axis
+    by, curves = panel.get("by"), {}
+    for name, label in names.items():
+        for row in rows:
+            if by:
+                kind = row[by] if isinstance(row[by], str) else f"{by} = {row[by]:g}"
+                label = f"{names[name]}, {kind}" if len(names) > 1 else kind
+            if row[panel["x"]] is not None and row[name] is not None:
+                curves.setdefault((name, label), []).append(row)
+    for i, ((name, label), own) in enumerate(curves.items()):
+        x, y = [row[panel["x"]] for row in own], [row[name] for row in own]
+        spread = panel.get("spread", {}).get(name, f"sd {name}")
+        ax.errorbar(x, y, [row[spread] for row in own] if spread in columns else None, capsize=3,
+                    label=label, linestyle=["-", "--", "-.", ":"][i % 4],
+                    linewidth=3 - 2 * i / len(curves), marker=panel.get("marker"))
+    if "floor" in panel:
         ax.axhline(panel["floor"], color="black", linewidth=0.8, linestyle=":",
-                   label="floor: real data")
-    ax.set(xlabel=panel.get("xlabel", x), ylabel=panel["ylabel"], title=panel.get("title"),
-           xscale=panel.get("xscale", "log"), yscale=panel.get("yscale", "log"),
-           xlim=panel.get("xlim"), ylim=panel.get("ylim"))
+                   label=f"floor: real data, {panel['floor']:.3g}")
+    known = "xlabel", "ylabel", "title", "xlim", "ylim"
+    ax.set(**{name: panel[name] for name in known if name in panel})
     ax.grid(alpha=0.3)
     if panel.get("legend", True):
-        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(labels) > 6 else {}
+        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(curves) > 6 else {}
         ax.legend(fontsize=8, **beside)
 
 
-def mean_and_sd(values):
-    """The mean and the standard deviation over seeds of a list of numbers; 0 for a single one."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+def pictures(args, ending, panels, names):
+    """A second picture, of images: evaluate.save_pictures of panels with a row for each name."""
+    path = f"{args.out}/{args.paper}-{args.command}-{ending}.png"
+    evaluate.save_pictures(path, panels, names)
+    print(path)

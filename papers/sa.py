@@ -1,9 +1,9 @@
-"""papers/sa.py: losses on sequences of noise levels, after SA-DPM.
+"""papers/sa.py: SA-DPM: losses on sequences of noise levels.
 
-    python -m papers.sa table              from the repository's root
+    python -m papers.sa table                           from the repository's root
 
-SA = Nguyen et al. 2024, "On Inference Stability for Diffusion Models".  A sampler takes a step from
-each noise level to the next, and the errors of all steps add up: at the end it is off by
+Source: Nguyen et al. 2024, "On Inference Stability for Diffusion Models" (SA).  A sampler takes a
+step from each noise level to the next, and the errors of all steps add up: at the end it is off by
 
     d = sum_i tau_i (eps_hat_i - eps_i)                                              (Theorem 1)
 
@@ -13,28 +13,25 @@ DDPM's loss asks that each error be small.  SA-K also asks that K consecutive on
 
 Published: tau = 1, an independent noise for each level, lam = 1, .3, .2 for K = 2, 3, 4.  Runs
 here have constant weights, DDPM's ladder and equal numbers of steps, as the paper's; a step of SA-K
-costs about K steps of plain score matching, dsm.  train.py's --tau, --level-noise and --windows (of
-which the paper's differ from those of the published code) apply to the runs of SA-K.
+costs about K steps of dsm, plain score matching.  train.py's --tau, --level-noise and --windows
+apply to the runs of SA-K.
 """
 
 import itertools
 import sys
-from functools import partial
 
 import torch
 
 import evaluate
 import train
-from evaluate import BadInput, Progress, load_run, run_data
 from losses import sa_tau
-from papers.plot import distances, main, mean_and_sd, show, trained
+from papers import plot
 from samplers import analytic_covariance, ddpm, seeded_noise
 from schedules import DDPM
 
 LEVELS = DDPM().levels                                       # sigma of t = 1 ... 1000
-LAM = {2: 1.0, 3: 0.3, 4: 0.2}                               # by K
-LOSSES = {"dsm": dict(loss="dsm")} | {f"SA-{K}": dict(loss="sa", K=K, lam=lam)
-                                      for K, lam in LAM.items()}
+LOSSES = {"dsm": dict(loss="dsm"), "SA-2": dict(loss="sa", K=2, lam=1.0),
+          "SA-3": dict(loss="sa", K=3, lam=0.3), "SA-4": dict(loss="sa", K=4, lam=0.2)}
 
 
 # ---- Distances -----------------------------------------------------------------------------------
@@ -48,18 +45,23 @@ def given(args, loss):
     return options
 
 
+def variants(args):
+    """{loss: the options of its runs}."""
+    return {name: given(args, own["loss"]) | own for name, own in LOSSES.items()}
+
+
 def way(args, folder, name):
     """Whose weights draw the samples of a run, and how, by one of table's samplers."""
     if name in ("ddpm", "ddim"):
         return folder, dict(sampler=name)
-    network, options = load_run(folder, args.options.get("device"))
+    network, options = evaluate.load_run(folder, args.options.get("device"))
     if name == "analytic":
         moments = evaluate.analytic_moments(network, options)
         return folder, dict(sampler="ddpm", variance=analytic_covariance(*moments))
     plain = given(args, None) | dict(steps=args.head)
     for option in ("loss", "weight"):                     # a head has its own loss
         plain.pop(option, None)
-    folder = trained(plain, head=name, init=folder, seed=options.seed)
+    folder = plot.trained(plain, head=name, init=folder, seed=options.seed)
     return folder, dict(sampler="ddpm", variance=name)
 
 
@@ -68,53 +70,44 @@ def table(args):
 
     Frechet distances to the data, mean and standard deviation over seeds; less is better.  The
     samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
-    NPR-DPM's, whose second heads are trained afterwards in --head steps.  The paper says that SA-K
-    is better in all of them, most of all in few steps.  30 minutes.
+    NPR-DPM's, whose second heads are trained afterwards in --head steps.  The paper: SA-K is better
+    in all of them, most of all in few steps.  30 minutes.
     """
-    def draws(folder):
-        for name in args.samplers:
-            path, how = way(args, folder, name)
+    def draws(name, folder):
+        for sampler in args.samplers:
+            path, how = way(args, folder, sampler)
             for T in args.T:
-                yield (name, T), path, how | dict(steps=T)
+                yield (sampler, T), path, how | dict(steps=T)
 
-    variants = {name: given(args, own["loss"]) | own for name, own in LOSSES.items()}
-    found, judge = distances(args, variants, draws)
-    rows = [[*case, *(x for name in LOSSES for x in mean_and_sd(values[name]))]
-            for case, values in found.items()]
-    spread = {name: f"sd {name}" for name in LOSSES}
-    panels = [dict(x="T", y=list(LOSSES), where=("sampler", name), title=name, spread=spread,
-                   marker="o", floor=judge.floor, xlabel="sampling steps T", ylabel=judge.name)
-              for name in args.samplers]
-    show(args, ["sampler", "T", *itertools.chain(*spread.items())], rows, panels,
-         f"Sequence-aware losses, by sampler: {judge.options.data}, floor {judge.floor:.4g}")
+    found, judge = plot.distances(args, variants(args), draws)
+    plot.show(args, ["sampler", "T", *plot.with_sd(LOSSES)],
+              [[*case, *plot.cells(values, LOSSES)] for case, values in found.items()],
+              [dict(where=("sampler", name), title=f"sampler {name}") for name in args.samplers],
+              f"Sequence-aware losses, by sampler: {judge.options.data}, {judge.options.steps} "
+              "training steps", x="T", y=list(LOSSES), xlabel="sampling steps T", **judge.axes)
 
 
 def ablation(args):
     """Samples of SA-K by the weight lam of its second term (SA table 4).
 
-    Distances as in table, with the sampler ddpm.  The paper says that with lam = 1, .3, .2 for K =
-    2, 3, 4 SA-K is better than dsm for all T, and that a larger lam helps at small T alone.  25
-    minutes, beside those of table.
+    By the sampler ddpm.  The paper: with lam = 1, .3, .2 for K = 2, 3, 4 SA-K is better than dsm
+    for all T, and a larger lam helps at small T alone.  25 minutes, beside those of table.
     """
-    def draws(folder):
+    def draws(name, folder):
         for T in args.T:
             yield T, folder, dict(sampler="ddpm", steps=T)
 
-    variants = {"dsm": given(args, "dsm") | LOSSES["dsm"]} | {
-        (K, lam): given(args, "sa") | dict(loss="sa", K=K, lam=lam)
-        for K in args.K for lam in args.lam}
-    found, judge = distances(args, variants, draws)
-    spread = {name: f"sd {name}" for name in ("dsm", *(f"SA-{K}" for K in args.K))}
-    rows = []
+    runs = {"dsm": given(args, "dsm") | LOSSES["dsm"]}
+    for K, lam in itertools.product(args.K, args.lam):
+        runs[K, lam] = given(args, "sa") | dict(loss="sa", K=K, lam=lam)
+    found, judge = plot.distances(args, runs, draws)
+    names, rows = ["dsm", *(f"SA-{K}" for K in args.K)], []
     for T, lam in itertools.product(args.T, args.lam):
-        cells = [mean_and_sd(found[T][name]) for name in ("dsm", *((K, lam) for K in args.K))]
-        rows.append([T, lam, *itertools.chain(*cells)])
-    panels = [dict(x="lam", y=list(spread), where=("T", T), title=f"T = {T} sampling steps",
-                   spread=spread, marker="o", floor=judge.floor, xlabel="lam", ylabel=judge.name)
-              for T in args.T]
-    show(args, ["T", "lam", *itertools.chain(*spread.items())], rows, panels,
-         f"Weight of SA's second term: {judge.options.data}, {judge.options.steps} training "
-         f"steps, floor {judge.floor:.4g}")
+        rows.append([T, lam, *plot.cells(found[T], ["dsm", *((K, lam) for K in args.K)])])
+    plot.show(args, ["T", "lam", *plot.with_sd(names)], rows,
+              [dict(where=("T", T), title=f"T = {T} sampling steps") for T in args.T],
+              f"Weight of SA's second term: {judge.options.data}, {judge.options.steps} training "
+              "steps", x="lam", y=names, xlabel="lam, weight of the second term", **judge.axes)
 
 
 # ---- Estimation gap ------------------------------------------------------------------------------
@@ -133,7 +126,7 @@ def estimation_gap(denoise, x0, ladder, noise):
     ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: at x_t the mean over samples
     and coordinates, their rms, and what the rms were if errors of different steps were unrelated.
     """
-    found, d, squares, told = [], 0, 0, Progress("sampling steps", len(ladder) - 1)
+    found, d, squares = [], 0, 0
     tau = iter(sa_tau(ladder, torch.arange(len(ladder), 1, -1), 1, "paper")[0])
 
     def watched(x, sigma):
@@ -142,7 +135,6 @@ def estimation_gap(denoise, x0, ladder, noise):
         error = next(tau) * (x0 - D) / sigma                             # tau (eps_hat - eps)
         d, squares = d + error, squares + error.square().mean()
         found.append(torch.stack([d.mean(), d.square().mean().sqrt(), squares.sqrt()]))
-        told(len(found))
         return D
 
     ddpm(watched, x0 + ladder[-1] * noise(), ladder.flip(0), noise)
@@ -156,33 +148,23 @@ def gap(args):
 
     At each x_t: estimation_gap's mean over images and pixels, with its sign, which the authors'
     code has; its rms; and rms over what it were if errors of different steps were unrelated: above
-    1 errors add up (fig. 1 a), below 1 they cancel (b).  The paper says that SA-2 reduces the gap
-    at x_1 by a factor of 2.5.  The images are held out.  Three minutes, and the training of table.
-    RUN: other runs, on one set of data.
+    1 errors add up (fig. 1 a), below 1 they cancel (b).  The paper: SA-2 reduces the gap at x_1 by
+    a factor of 2.5.  3 minutes, and the training of table.  --runs: other runs, on one set of data.
     """
-    folders = {folder: folder for folder in args.runs} or {
-        name: trained(given(args, own["loss"]), **own, seed=args.seed)
-        for name, own in LOSSES.items()}
-    x0, columns, panels = None, dict(t=torch.arange(args.start - 1, 0, -1.0)), []
-    for name, folder in folders.items():
-        network, options = load_run(folder, args.options.get("device"))
-        if x0 is None:
-            first = options
-            x0, labels = evaluate.held_out(run_data(options), options, args.num)
-        if (options.fingerprint, options.classes) != (first.fingerprint, first.classes):
-            raise BadInput(f"{name} was trained on other data or classes than the runs before it; "
-                           "name runs that were trained on the same")
+    denoisers, x0, _, options = plot.compared(args, variants(args))
+    columns, panels = dict(t=torch.arange(args.start - 1, 0, -1.0)), []
+    for name in plot.progress("runs", denoisers):
         noise = seeded_noise(range(args.seed, args.seed + len(x0)), x0.shape[1:], x0.device)
-        d = estimation_gap(partial(network, labels=labels), x0, LEVELS[:args.start], noise)
+        d = estimation_gap(denoisers[name], x0, LEVELS[:args.start], noise)
         mean, rms, unrelated = d.T
         columns |= {f"{name}: mean": mean, f"{name}: rms": rms, f"{name}: ratio": rms / unrelated}
     for kind, label in [("mean", "gap at x_t, mean with sign"), ("rms", "gap at x_t, rms"),
                         ("ratio", "rms over that of unrelated errors")]:
-        panels.append(dict(y={f"{name}: {kind}": name for name in folders}, ylabel=label,
-                           xscale="linear", yscale="linear", xlim=(args.start, 0)))
-    show(args, list(columns), torch.stack([*columns.values()], 1).tolist(), panels,
-         f"Sampling of {len(x0)} held-out images of {options.data} from x_{args.start}: how far "
-         "the steps' errors have led it astray", most=12)
+        panels.append(dict(y={f"{name}: {kind}": name for name in denoisers}, ylabel=label))
+    plot.show(args, list(columns), torch.stack([*columns.values()], 1).tolist(), panels,
+              f"Sampling of {len(x0)} held-out images of {options.data} from x_{args.start}: how "
+              "far the steps' errors have led it astray", xlabel="time step t", xscale="linear",
+              yscale="linear", xlim=(args.start, 0))
 
 
 # ---- Factors and bias ----------------------------------------------------------------------------
@@ -212,9 +194,9 @@ def gaussian_factor(levels, K, lam, path):
 def tau(args):
     """Theorem 1's factors tau, and how independent noises bias SA-K's minimiser (SA Theorem 1).
 
-    Left: by how much an error of eps_hat at t moves the sample at the end: 8e-3 to 1e-8, so that a
-    loss with these factors does next to nothing.  Right: gaussian_factor, with tau = 1.  Below 1
-    the network is trained to predict less than the noise that is there.  A few seconds.
+    Left: by how much an error of eps_hat at t moves the sample at the end: so little at most t
+    that a loss with these factors does next to nothing.  Right: gaussian_factor, with tau = 1.
+    Below 1 the network is trained to predict less than the noise that is there.  A few seconds.
     """
     found = sa_tau(LEVELS, torch.arange(1, len(LEVELS) + 1), 1, "paper")[0]
     columns = dict(t=range(1, len(LEVELS) + 1), sigma=LEVELS.tolist(),
@@ -223,11 +205,12 @@ def tau(args):
                            (4, 0.2, "independent"), (2, 1.0, "path")]:
         factor = gaussian_factor(LEVELS, K, lam, noises == "path")
         columns[f"SA-{K}, {noises}"] = factor.tolist()
-    panels = [dict(y=["tau"], ylabel="tau of Theorem 1", legend=False),
-              dict(y=list(columns)[3:], yscale="linear", xscale="linear",
-                   ylabel="noise predicted, of what should be")]
-    show(args, list(columns), list(zip(*columns.values())), panels,
-         "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)")
+    plot.show(args, list(columns), list(zip(*columns.values())),
+              [dict(y=["tau"], ylabel="tau of Theorem 1"),
+               dict(y=list(columns)[3:], ylabel="noise predicted, of what should be",
+                    yscale="linear", xscale="linear")],
+              "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)",
+              xlabel="time step t")
 
 
 COMMANDS = {
@@ -238,4 +221,4 @@ COMMANDS = {
     "tau": (tau, {})}
 
 if __name__ == "__main__":
-    sys.exit(main("sa", COMMANDS))
+    sys.exit(plot.main("sa", COMMANDS))

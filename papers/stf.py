@@ -1,4 +1,4 @@
-"""papers/stf.py: Stable Target Field (STF): is the training target less noisy, and does it help?
+"""papers/stf.py: Stable Target Field (STF): is its target less noisy, and does that help training?
 
     python -m papers.stf variance                       from the repository's root
 
@@ -18,9 +18,9 @@ import torch
 
 import evaluate
 import train
-from evaluate import Progress
 from losses import stf_target, stf_weights
 from papers import plot
+from papers.plot import mixture_mean
 from schedules import EDM, VE, VP
 
 SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
@@ -36,18 +36,6 @@ def random_rows(args, name, count=None):
     g = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(data.x), generator=g)[:count]
     return evaluate.take(data, rows)[0].double(), g
-
-
-def mixture_mean(x, sigma, means, s):
-    """E[x0 | x] where x0 is N(m_k, s^2 I), and each of the means m_k is as likely as any other.
-
-        (s^2 x + sigma^2 sum_k p_k m_k)/(s^2 + sigma^2)
-
-    p_k = softmax_k(-|x - m_k|^2/(2 (s^2 + sigma^2))): stf_target of references m_k has the sum.
-    x (B, d), sigma (B, 1), means (K, d) -> (B, d).
-    """
-    total = s ** 2 + sigma ** 2
-    return (s ** 2 * x + sigma ** 2 * stf_target(x, total.sqrt(), means)) / total
 
 
 def posterior(x, sigma, rows):
@@ -78,8 +66,7 @@ def target_variance(x0, noise, levels, sizes, pool, exact, g):
     returns (m, len(sizes), L) and (m, L), to be averaged over x0.
     """
     sigma, V, D = levels.view(-1, *[1] * (x0.ndim - 1)), [], []                   # (L, 1, ..., 1)
-    told = Progress("noisy samples", len(x0))
-    for i in range(len(x0)):
+    for i in plot.progress("noisy samples", range(len(x0))):
         x = x0[i] + sigma * noise[i]                                              # (L, ...)
         mean, divergence = exact(x, sigma)
         others = pool[torch.randint(len(pool), (max(sizes) - 1,), generator=g)]
@@ -87,7 +74,6 @@ def target_variance(x0, noise, levels, sizes, pool, exact, g):
         errors = [stf_target(x, sigma, reference[:n]).flatten(1) - mean for n in sizes]
         V.append(torch.stack(errors).square().sum(2))
         D.append(divergence)
-        told(i + 1)
     return torch.stack(V), torch.stack(D)
 
 
@@ -122,30 +108,31 @@ def variance(args):
 
 def show_variance(args, name, levels, V, D, whole, d):
     """V (1 + len(args.n), L), of which the first is V_DSM; D (L,); whole: the data's variance."""
-    n, dsm, xlabel = args.n[-1], V[0], "noise level sigma"
+    n, dsm = args.n[-1], V[0]
     forms = {"V of D": dsm, "V of noise": dsm / levels ** 2, "V of scores": dsm / levels ** 4,
              "D(sigma)": D}
-    second = 3 ** 0.5 * d * levels ** 2 * D.sqrt()
     seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
-    columns = {"sigma": levels, "V_DSM": dsm}
-    columns |= {form: curve / curve.max() for form, curve in forms.items()}
-    columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
+    second = 3 ** 0.5 * d * levels ** 2 * D.sqrt()
+    left = {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
+    columns = dict(sigma=levels, V_DSM=dsm)
+    columns |= {form: curve / curve.max() for form, curve in forms.items()} | left
     columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
-                "bound": (1 + second / seen) / (n - 1), "2nd/1st": second / seen}
-    rows = [[None if math.isnan(value) else value for value in row]
-            for row in torch.stack(list(columns.values()), 1).tolist()]
-    for row, share in zip(rows, (dsm / whole).tolist()):
+                "bound": (1 + second / seen) / (n - 1)}
+    rows = []
+    for *row, share in torch.stack([*columns.values(), dsm / whole], 1).tolist():
         phase = 1 + (share > 0.1) + (share > 0.9)
-        row += [phase, 2.0 if phase == 2 else None]
-    plot.show(args, [*columns, "phase", "phase 2"], rows, [
-        dict(y={form: form for form in forms} | {"phase 2": "phase 2 (left: 1, right: 3)"},
-             xlabel=xlabel, ylabel="over its own maximum", ylim=(1e-4, 5),
-             title="DSM's targets in three forms, and D"),
-        dict(y={f"n = {size}": f"STF, n = {size}" for size in args.n}, xlabel=xlabel,
-             ylabel="V_STF/V_DSM", title="variance that n references leave"),
-        dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term", f"n = {n}": "V_STF"},
-             xlabel=xlabel, ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
-        f"{name}: how much the training target varies, by noise level; {args.num} noisy samples")
+        rows.append([*(None if math.isnan(value) else value for value in row), phase])
+    middle = levels[[row[-1] == 2 for row in rows]].tolist() or [math.nan]
+    plot.show(
+        args, [*columns, "phase"], rows,
+        [dict(y=list(forms), ylabel="over its own maximum", ylim=(1e-4, 5), title="DSM's target; "
+              f"phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
+         dict(y={size: f"STF, {size}" for size in left}, ylabel="V_STF/V_DSM",
+              title="variance that n references leave"),
+         dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term", f"n = {n}": "V_STF"},
+              ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
+        f"{name}: how much the training target varies, by noise level; {args.num} noisy samples",
+        xlabel="noise level sigma")
 
 
 # ---- Effective sample size -----------------------------------------------------------------------
@@ -165,13 +152,6 @@ def effective_size(x0, noise, levels, reference):
     return torch.stack(sizes)
 
 
-def log_density(schedule, levels):
-    """The density of ln sigma in training, du/d ln sigma of training_sigma(u): (L,) -> an array."""
-    u = torch.special.ndtr(torch.linspace(-6, 6, 20_001, dtype=torch.float64))
-    z = schedule.training_sigma(u).log()
-    return np.interp(levels.log(), z, np.gradient(u, z), left=0, right=0)
-
-
 def share_above(limit, size, levels, schedule):
     """The share of a schedule's training samples at levels where size, (L,), is above limit."""
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -184,8 +164,8 @@ def ess(args):
 
         effective sample size = 1/sum_k w_k^2
 
-    Where it is 1 the target is x0, as DSM's, and nothing is won; the three phases of section 3 are
-    1, some, all of n.  A few seconds.
+    Where it is 1 the target is x0, as DSM's, and nothing is won.  The paper's three phases are 1,
+    some, all of n.  A few seconds.
     """
     reference, g = random_rows(args, args.data, max(args.n))
     x0, levels = reference[:args.num], torch.tensor(sorted(args.levels), dtype=torch.float64)
@@ -193,19 +173,21 @@ def ess(args):
     sizes = sorted({min(n, len(reference)) for n in args.n})
     curves = {f"n = {n}": effective_size(x0[:n], noise[:n], levels, reference[:n]) for n in sizes}
     schedules = dict(EDM=EDM(), VE=VE(), VP=VP())
-    density = {name: log_density(schedule, levels) for name, schedule in schedules.items()}
+    density = {name: plot.log_density(schedule, levels) for name, schedule in schedules.items()}
     print("\nshare of training samples for which STF averages more than two references\n")
     for name, size in curves.items():
         shares = [f"{schedule} {share_above(2, size, levels, own):6.1%}"
                   for schedule, own in schedules.items()]
         print(f"{name:>10}   " + "   ".join(shares))
-    rows = np.stack([levels, *curves.values(), *density.values()], 1).tolist()
-    plot.show(args, ["sigma", *curves, *density], rows, [
-        dict(y={name: f"reference of {name}" for name in curves}, xlabel="noise level sigma",
-             ylabel="references averaged: 1/sum w^2", title="where STF acts"),
-        dict(y=list(density), xlabel="noise level sigma", ylabel="density of ln sigma",
-             yscale="linear", title="where each schedule trains")],
-        f"{args.data}: where STF averages references, and where training is", size=(5.5, 4))
+    plot.show(
+        args, ["sigma", *curves, *density],
+        np.stack([levels, *curves.values(), *density.values()], 1).tolist(),
+        [dict(y={name: f"reference of {name}" for name in curves}, title="where STF acts",
+              ylabel="references averaged: 1/sum w^2"),
+         dict(y=list(density), ylabel="density of ln sigma", yscale="linear",
+              title="where each schedule trains")],
+        f"{args.data}: where STF averages references, and where training is",
+        xlabel="noise level sigma")
 
 
 # ---- Bias ----------------------------------------------------------------------------------------
@@ -241,8 +223,8 @@ def bias(args):
     """
     rows, g = random_rows(args, args.data, 1000)
     rows, noise = rows.flatten(1), torch.randn(args.num, *rows.shape[1:], generator=g).double()
-    table, told = [], Progress("reference sizes", len(args.n))
-    for n in args.n:
+    table = []
+    for n in plot.progress("reference sizes", args.n):
         table.append([n])
         for level in args.levels:
             sigma = torch.tensor(level, dtype=torch.float64)
@@ -250,14 +232,13 @@ def bias(args):
             for with_source in (True, False):
                 square, V = target_bias(x, sigma, rows, n, args.repeats, with_source, g)
                 table[-1].append(abs(square / V) ** 0.5)
-        told(len(table))
     kinds = [f"{kind} {level:g}" for level in args.levels for kind in ("with", "without")]
-    plot.show(args, ["n", *kinds], table, [
-        dict(y={f"without {level:g}": "source left out", f"with {level:g}": "source among them: "
-                "the error of measuring 0"}, xlabel="number n of references",
-             ylabel="bias/standard deviation", title=f"sigma = {level:g}", marker="o")
-        for level in args.levels],
-        f"{args.data}: bias of STF's target, over the standard deviation of DSM's")
+    plot.show(
+        args, ["n", *kinds], table,
+        [dict(y={f"without {level:g}": "source left out", f"with {level:g}": "source among them: "
+                 "the error of measuring 0"}, title=f"sigma = {level:g}") for level in args.levels],
+        f"{args.data}: bias of STF's target, over the standard deviation of DSM's",
+        xlabel="number n of references", ylabel="bias/standard deviation", marker="o")
 
 
 # ---- Trained runs --------------------------------------------------------------------------------
@@ -266,38 +247,38 @@ def table(args):
     """Distances of samples to the data after DSM and after STF (STF tables 1, 2).
 
     By schedule and sampler, as in the paper: VE by RK45 and PC, VP by RK45, PC and DDIM, EDM by
-    Heun; --rtol is RK45's tolerance (the paper's: 1e-5), the others are numbers of steps.  DSM and
-    STF see the same images, noise and initial weights.  About 30 minutes.
+    Heun; --rtol is RK45's tolerance (the paper's: 1e-5), the others are numbers of steps.  The
+    paper: STF is better with each.  About 30 minutes.
     """
     both = dict(rk45=dict(steps=2, rtol=args.rtol), pc=dict(steps=args.pc))
     samplers = dict(ve=both, vp=both | dict(ddim=dict(steps=args.ddim)),
                     edm=dict(heun=dict(steps=args.heun)))
-    given, rows, titles, judge = RUNS | args.options, [], [], None
+
+    def draws(name, folder):
+        schedule = name[0]
+        for sampler, how in samplers[schedule].items():
+            yield (schedule, sampler), folder, dict(how, sampler=sampler)
+
+    variants = {}
     for schedule in args.schedules:
-        found = dict(dsm=[], stf=[])
-        for seed in range(args.seed, args.seed + args.seeds):
-            for loss, own in (("dsm", {}), ("stf", dict(ref_batch=args.n))):
-                run = plot.trained(given, loss=loss, schedule=schedule, seed=seed, **own)
-                judge = plot.Judge(args, run, judge)
-                found[loss].append({sampler: judge(sampler, **how)
-                                    for sampler, how in samplers[schedule].items()})
-        titles.append(f"{schedule}:")
-        for sampler in samplers[schedule]:
-            calls = plot.mean_and_sd([of_run[sampler][1] for of_run in found["dsm"]])[0]
-            row = [schedule, sampler, *(calls if own == schedule else None
-                                        for own in args.schedules)]
-            for runs in found.values():
-                row += plot.mean_and_sd([of_run[sampler][0] for of_run in runs])
-            rows.append(row + [judge.floor])
-            titles[-1] += f" {sampler} {calls:.0f}"
-    of = [f"calls, {schedule}" for schedule in args.schedules]
-    shared = dict(y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), spread=dict(DSM="DSM sd",
-                  STF="STF sd"), xscale="linear", ylabel=judge.name,
-                  xlabel="network calls for a sample", floor=judge.floor, marker="o")
-    plot.show(args, ["schedule", "sampler", *of, "DSM", "DSM sd", "STF", "STF sd", "floor"], rows,
-              [dict(shared, x=x, title=title) for x, title in zip(of, titles)],
-              f"{judge.options.data}: distance of samples to the data after DSM and STF; "
-              f"mean and sd of {args.seeds} runs")
+        given = RUNS | args.options | dict(schedule=schedule)
+        variants[schedule, "dsm"] = given | dict(loss="dsm")
+        variants[schedule, "stf"] = given | dict(loss="stf", ref_batch=args.n)
+    found, judge = plot.distances(args, variants, draws)
+    rows, titles = [], {schedule: f"{schedule}, calls:" for schedule in args.schedules}
+    for (schedule, sampler), values in found.items():
+        calls = values[schedule, "dsm"][2]
+        rows.append([schedule, sampler,
+                     *(calls if own == schedule else None for own in args.schedules),
+                     *plot.cells(values, values), judge.floor])
+        titles[schedule] += f" {sampler} {calls:.0f}"
+    plot.show(
+        args, ["schedule", "sampler", *(f"calls, {own}" for own in args.schedules),
+               "DSM", "DSM sd", "STF", "STF sd", "floor"], rows,
+        [dict(x=f"calls, {schedule}", title=title) for schedule, title in titles.items()],
+        f"Samples after DSM and after STF: {judge.options.data}; mean and sd of {args.seeds} runs",
+        y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), spread=dict(DSM="DSM sd", STF="STF sd"),
+        xscale="linear", xlabel="network calls for a sample", **judge.axes)
 
 
 def seconds_a_step(run, repeats=30):
@@ -333,33 +314,26 @@ def speed(args):
 
     n = 1 is DSM.  The error is E|D - x0|^2/d, as a geometric mean over noise levels from .02 to 50.
     The time is that of batch, loss and gradient, measured apart from training.  Runs on VE, as in
-    the paper, but on a ring of 8 Gaussians, whose network is so small that STF's target takes much
-    of a step; --data chooses other data.  About 3 minutes.
+    the paper, but on a ring of 8 Gaussians.  The paper: STF trains faster, and more references
+    help.  About 3 minutes.
     """
     given = dict(data="ring", schedule="ve", batch=64, eval_every=150) | RUNS | args.options
-    sizes, rows = [1, *args.n], []
-    for n in sizes:
-        errors = []
-        for seed in range(args.seed, args.seed + args.seeds):
-            own = dict(loss="stf", ref_batch=n) if n > 1 else dict(loss="dsm")
-            run = plot.trained(given, seed=seed, **own)
-            errors.append(held_out_errors(run))
-        seconds = seconds_a_step(run)
-        last = max(errors[0])
+    rows = []
+    for n in plot.progress("numbers of references", [1, *args.n]):
+        own = dict(loss="stf", ref_batch=n) if n > 1 else dict(loss="dsm")
+        runs = [plot.trained(given, seed=args.seed + k, **own) for k in range(args.seeds)]
+        errors, seconds = [held_out_errors(run) for run in runs], seconds_a_step(runs[-1])
         for step in errors[0]:
-            mean, sd = plot.mean_and_sd([error[step] for error in errors])
-            curves = [mean if size == n else None for size in sizes]
-            rows.append([n, step, step * seconds, mean, sd, mean if step == last else None,
-                         *curves])
-    labels = {f"n={size}": f"STF, n = {size}" if size > 1 else "DSM" for size in sizes}
-    shared = dict(y=labels, spread=dict.fromkeys(labels, "sd"), xscale="linear",
-                  ylabel="held-out error, averaged weights")
-    plot.show(args, ["n", "step", "seconds", "error", "sd", "end", *labels], rows, [
-        shared | dict(x="step", xlabel="training steps", title="over steps"),
-        shared | dict(x="seconds", xlabel="seconds of training", xscale="log", title="over time"),
-        dict(x="n", y=["end"], spread=dict(end="sd"), xlabel="number n of references (1: DSM)",
-             ylabel="held-out error at the end", title="by n", marker="o", legend=False)],
-        f"{given['data']}: held-out error in training by DSM and by STF, {args.seeds} runs each")
+            rows.append([n, f"STF, n = {n}" if n > 1 else "DSM", step, step * seconds,
+                         *plot.mean_and_sd([error[step] for error in errors])])
+    plot.show(
+        args, ["n", "target", "step", "seconds", "error", "sd error"], rows,
+        [dict(x="step", by="target", xlabel="training steps", xscale="linear", title="over steps"),
+         dict(x="seconds", by="target", xlabel="seconds of training", title="over time"),
+         dict(where=("step", rows[-1][2]), xlabel="number n of references (1: DSM)", marker="o",
+              title="at the end", legend=False)],
+        f"{given['data']}: held-out error in training by DSM and by STF, {args.seeds} runs each",
+        y=["error"], ylabel="held-out error, averaged weights")
 
 
 COMMANDS = {

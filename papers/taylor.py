@@ -1,4 +1,4 @@
-"""papers/taylor.py: Taylor control variates (TCV): how much variance they take off a gradient.
+"""papers/taylor.py: Taylor control variates (TCV): how much variance do they take off a gradient?
 
     python -m papers.taylor gradvar                     from the repository's root
 
@@ -12,14 +12,12 @@ A share is what one gradient is the gradient of: a sample, or a mini-batch with 
 import itertools
 import math
 import sys
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import evaluate
-from evaluate import Progress
 from losses import RunningBeta, antithetic_loss, dsm_loss, stf_loss, stf_target, taylor_terms
 from networks import MLP, Denoiser
 from papers import plot
@@ -31,59 +29,42 @@ ACTIVATIONS = dict(silu=torch.nn.functional.silu, tanh=torch.tanh, relu=torch.re
 
 # ---- Gradients of shares -------------------------------------------------------------------------
 
-@dataclass
-class Shares:
-    """`copies` shares, each of m samples and n references.
+def draw_shares(net, pool, num, m, n, g):
+    """At least num shares of m samples and n >= m references, out of pool (N, ...), some at a time:
 
-    Of the B = m copies samples, the first `copies` are each share's first, and so on.
+        x0, noise, probe (m copies, ...), each share's first sample first; reference (n, copies, ..)
+
+    The samples of a share are the first of its references.  The probe has random signs.
     """
-    x0: torch.Tensor                # (B, ...) clean
-    noise: torch.Tensor             # (B, ...)
-    probe: torch.Tensor             # (B, ...) random signs
-    labels: torch.Tensor            # (m, copies) classes; zeros where there are none
-    reference: torch.Tensor         # (n, copies, ...), the share's own samples the first of them
-    reference_labels: torch.Tensor  # (n, copies)
-
-
-def draw_shares(net, pool, labels, num, m, n, g):
-    """At least num shares of m samples and n >= m references, out of pool (N, ...), labels (N,)."""
     copies = max(1, 2 ** 18 // sum(p.numel() for p in net.parameters()))          # caches hold it
     copies = min(copies, num)
     for _ in range(math.ceil(num / copies)):
-        rows = torch.randint(len(pool), (n, copies), generator=g)
-        x0 = pool[rows[:m].flatten()]
+        reference = pool[torch.randint(len(pool), (n, copies), generator=g)]
+        x0 = reference[:m].flatten(0, 1)
         noise, probe = torch.randn(2, *x0.shape, generator=g).to(x0)
-        yield Shares(x0, noise, probe.sign(), labels[rows[:m]], pool[rows], labels[rows])
+        yield x0, noise, probe.sign(), reference
 
 
-def by_share(function, shares, x, sigma, *more, of_share=()):
-    """function(*of_share, x, sigma, *more) on each share of x, sigma (c B, ...), more (.., copies).
-
-    of_share: what is given by share, (copies, ...).
-    """
-    copies = shares.labels.shape[1]
-    given = x.unflatten(0, (-1, copies)), sigma.unflatten(0, (-1, copies)), *more
-    dims = (0,) * len(of_share) + (1,) * len(given)
-    return torch.vmap(function, dims, out_dims=1)(*of_share, *given).flatten(0, 1)
+def own_target(reference, x, sigma):
+    """stf_target of each share's samples with its own references (n, copies, ...)."""
+    shape = -1, reference.shape[1]
+    x, sigma = x.unflatten(0, shape), sigma.unflatten(0, shape)
+    return torch.vmap(stf_target, 1, 1)(x, sigma, reference).flatten(0, 1)
 
 
-def own_target(shares, n, x, sigma):
-    """stf_target of each share's samples with the first n of its own references."""
-    return by_share(stf_target, shares, x, sigma, shares.reference[:n], shares.labels,
-                    shares.reference_labels[:n])
-
-
-def own_parameters(net, shares):
+def own_parameters(net, copies, label=None):
     """denoise(x, sigma) in which each share has parameters of its own, all equal to the network's;
     and these, (copies, ...) each: the gradient of a sum then holds one gradient for each share."""
-    theta = {name: p.detach().expand(shares.labels.shape[1], *p.shape).requires_grad_()
+    theta = {name: p.detach().expand(copies, *p.shape).requires_grad_()
              for name, p in net.named_parameters()}
 
-    def one(theta, x, sigma, labels):
+    def one(theta, x, sigma):
+        labels = None if label is None else torch.full((len(x),), label)
         return torch.func.functional_call(net, theta, (x, sigma, labels))
 
     def denoise(x, sigma):
-        return by_share(one, shares, x, sigma, shares.labels, of_share=(theta,))
+        x, sigma = x.unflatten(0, (-1, copies)), sigma.unflatten(0, (-1, copies))
+        return torch.vmap(one, (0, 1, 1), 1)(theta, x, sigma).flatten(0, 1)
     return denoise, list(theta.values())
 
 
@@ -99,46 +80,38 @@ def share_gradients(values, theta):
 
 def estimates(denoise, shares, sigma, weight, c_skip, orders, sizes):
     """{name: (B,)} of losses, all of one mean, and of controls of mean 0."""
-    given = denoise, shares.x0, shares.noise, sigma, weight
-    probe = shares.probe if shares.x0[0].numel() > EXACT else None
+    x0, noise, probe, reference = shares
+    given = denoise, x0, noise, sigma, weight
+    probe = probe if x0[0].numel() > EXACT else None
     with sdpa_kernel(SDPBackend.MATH):       # attention that has second derivatives, and for vmap
         losses = dict(DSM=dsm_loss(*given), antithetic=antithetic_loss(*given))
         for n in sizes:
-            losses[f"STF {n}"] = stf_loss(*given, partial(own_target, shares, n))
+            losses[f"STF {n}"] = stf_loss(*given, partial(own_target, reference[:n]))
         controls = {f"order {k}": taylor_terms(*given, c_skip, k, probe)[1] for k in orders}
     return losses, controls
 
 
-def variances(net, pool, labels, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=1.0):
-    """What estimators leave of the variance of DSM, of at least num shares of m samples:
+def variances(net, pool, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=1.0, label=None):
+    """What estimators leave of the variance of DSM's gradient: {name: (left, beta)}, see left_by;
+    and that variance, the trace of the covariance, after a factor `scale` (p,).
 
-        {"gradient": {name: (left, beta)}, "objective": ..}, and the variance of DSM's gradient
-
-    Variances of gradients are traces of the covariance, after a factor `scale`, (p,); those of the
-    objective are of its value, less what no parameter moves: the same estimate where F = 0.
+    Of at least num shares of m samples.  label: the class of the pool's rows, for a network that is
+    told it.
     """
     def c_skip(s):
         return net.precondition(s)[0]
 
-    def still(x, s):
-        return c_skip(s) * x
-
-    square, total, values, count = 0, 0, [], 0
-    for shares in draw_shares(net, pool, labels, num, m, max([m, *sizes]), g):
-        denoise, theta = own_parameters(net, shares)
-        s = shares.x0.new_full((len(shares.x0), *[1] * (pool.ndim - 1)), sigma)
+    square, total, count = 0, 0, 0
+    for shares in draw_shares(net, pool, num, m, max([m, *sizes]), g):
+        x0, reference = shares[0], shares[-1]
+        denoise, theta = own_parameters(net, reference.shape[1], label)
+        s = x0.new_full((len(x0), *[1] * (pool.ndim - 1)), sigma)
         losses, controls = estimates(denoise, shares, s, weight, c_skip, orders, sizes)
-        fixed, _ = estimates(still, shares, s, weight, c_skip, (), sizes)
         G = scale * share_gradients([*losses.values(), *controls.values()], theta)
         square, total = square + G.flatten(1) @ G.flatten(1).T, total + G.sum(1)
         count += G.shape[1]
-        moved = [*(losses[name] - fixed[name] for name in losses), *controls.values()]
-        moved = torch.stack(moved).detach().double()
-        values.append(moved.unflatten(1, (m, -1)).mean(1))                        # (k, copies)
-    gradient = square / count - total @ total.T / count ** 2                      # (k, k)
-    objective = torch.cov(torch.cat(values, 1), correction=0)
-    return dict(gradient=left_by(losses, controls, gradient),
-                objective=left_by(losses, controls, objective)), gradient[0, 0].item()
+    cov = square / count - total @ total.T / count ** 2                           # (k, k)
+    return left_by(losses, controls, cov), cov[0, 0].item()
 
 
 def left_by(losses, controls, cov):
@@ -156,18 +129,31 @@ def left_by(losses, controls, cov):
     return found
 
 
+def average_left(net, pool, num, g, scale=1.0, levels=6):
+    """{name: left} over EDM's training noise: of the sum of variances at its quantiles, each with
+    the best beta."""
+    left, whole = {}, 0
+    u = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    for sigma in EDM().training_sigma(u).tolist():
+        found, dsm = variances(net, pool, EDM().weight, sigma, num, g, 1, (0, 1), (), scale)
+        whole += dsm
+        for name, (share, _) in found.items():
+            left[name] = left.get(name, 0) + dsm * share
+    del left["DSM"]
+    return {name: value / whole for name, value in left.items()}
+
+
 # ---- The toy: a ring of Gaussians, and MLPs ------------------------------------------------------
 
 def ring_mean(x, sigma, s=0.07):
-    """E[x0 | x] of the built-in set "ring": 8 Gaussians of deviation s on a circle.
-
-        (s^2 x + sigma^2 sum_k p_k m_k)/(s^2 + sigma^2)
-
-    p_k = softmax_k(-|x - m_k|^2/(2 (s^2 + sigma^2))): stf_target of references m_k has the sum.
-    """
+    """E[x0 | x] of the built-in set "ring": 8 Gaussians of deviation s on a circle."""
     angle, radius = torch.arange(8).to(x) * math.pi / 4, (2 * (0.5 ** 2 - s ** 2)) ** 0.5
-    means, total = radius * torch.stack([angle.cos(), angle.sin()], 1), s ** 2 + sigma ** 2
-    return (s ** 2 * x + sigma ** 2 * stf_target(x, total.sqrt(), means)) / total
+    return plot.mixture_mean(x, sigma, radius * torch.stack([angle.cos(), angle.sin()], 1), s)
+
+
+def points():
+    """The built-in ring, (20_000, 2)."""
+    return torch.from_numpy(evaluate.load_data("ring").x)
 
 
 def mlp(seed, width=64, depth=2, activation="silu"):
@@ -202,81 +188,60 @@ def fitted(net, pool, steps, g):
     return net
 
 
-def points(args):
-    """The built-in ring, (20_000, 2), labels of zero, and a generator."""
-    pool = torch.from_numpy(evaluate.load_data("ring").x)
-    return pool, torch.zeros(len(pool), dtype=torch.int64), torch.Generator().manual_seed(args.seed)
+# ---- Figures 2 and 3 -----------------------------------------------------------------------------
 
-
-def average_left(net, pool, labels, num, g, scale=1.0, levels=6):
-    """{name: left} over EDM's training noise: of the sum of variances at its quantiles, each with
-    the best beta."""
-    left, whole = {}, 0
-    u = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    for sigma in EDM().training_sigma(u).tolist():
-        found, dsm = variances(net, pool, labels, EDM().weight, sigma, num, g, 1, (0, 1), (), scale)
-        whole += dsm
-        for name, (share, _) in found["gradient"].items():
-            left[name] = left.get(name, 0) + dsm * share
-    del left["DSM"]
-    return {name: value / whole for name, value in left.items()}
-
-
-# ---- Commands ------------------------------------------------------------------------------------
-
-def measured(args):
-    """A denoiser, rows that it was trained on, their labels, lambda, a title, and a generator."""
+def measured(args, g):
+    """A denoiser, rows that it was trained on, their class or None, lambda, and a title."""
     if not args.run:
-        pool, labels, g = points(args)
+        pool = points()
         net = fitted(mlp(args.seed), pool, args.training, g)
-        return net, pool, labels, EDM().weight, "ring, an MLP", g
+        return net, pool, None, EDM().weight, "ring, an MLP"
     net, options = evaluate.load_run(args.run, "cpu")
-    data, g = evaluate.run_data(options), torch.Generator().manual_seed(args.seed)
+    data, label = evaluate.run_data(options), None
     rows = torch.randperm(len(data.x), generator=g)[:20_000]
     pool, labels = evaluate.take(data, rows)
-    if not options.classes:
-        labels = torch.zeros(len(pool), dtype=torch.int64)
-    title = f"{data.name}, the network of {args.run}"
-    return net, pool, labels, evaluate.build_weight(options), title, g
+    if options.classes:
+        label = 0
+        pool = pool[labels == label]
+    return net, pool, label, evaluate.build_weight(options), f"{data.name}, network of {args.run}"
 
 
 def gradvar(args):
     """The variance of the gradient by estimator and noise level, over plain DSM's (TCV figs. 2, 3).
 
-        Var(loss - beta control)/Var(DSM's loss),    beta = Cov(loss, control)/Var(control)
-
-    Of an MLP that is trained here, or of a RUN's network.  Of single samples, with STF references
-    of their own.  "Shared": of mini-batches of --batch, whose samples share a reference, as in
-    STF's Algorithm 1: their targets then have a common error.  --num 0: 1500 points or 24 images.
-    About 1 minute; a U-Net 6.
+    Of an MLP that is trained here, or of --run's network (of one that is told the class, in its
+    first class).  Of single samples, with STF references of their own.  "Shared": of mini-batches
+    of --batch, whose samples share a reference, as in STF's Algorithm 1: their targets then have a
+    common error.  --num 0: 1500 points or 24 images.  About 1 minute; a U-Net 6.
     """
-    net, pool, labels, weight, title, g = measured(args)
+    g = torch.Generator().manual_seed(args.seed)
+    net, pool, label, weight, title = measured(args, g)
     num = args.num or (1500 if pool.ndim == 2 else 24)
     orders, sizes = [f"order {k}" for k in args.orders], [f"STF {n}" for n in args.n]
-    rows, told = [], Progress("noise levels", len(args.levels))
-    for sigma in sorted(args.levels):
-        given = net, pool, labels, weight, sigma
-        found, _ = variances(*given, num, g, 1, args.orders, args.n)
-        batches, _ = variances(*given, max(num // 4, 2), g, args.batch, (), args.n)
-        gradient, objective = found["gradient"], found["objective"]
-        row = {name: gradient[name][0] for name in ("antithetic", *orders, *sizes)}
-        row |= {f"{name}, shared": batches["gradient"][name][0] for name in sizes}
-        row |= {f"beta, {name}": gradient[name][1] for name in orders}
-        row |= {f"value, {name}": objective[name][0] for name in orders}
-        rows.append(dict(sigma=sigma) | row)
-        told(len(rows))
+    rows = []
+    for sigma in plot.progress("noise levels", sorted(args.levels)):
+        given = net, pool, weight, sigma
+        found, _ = variances(*given, num, g, 1, args.orders, args.n, label=label)
+        batches, _ = variances(*given, max(num // 4, 2), g, args.batch, (), args.n, label=label)
+        row = dict(sigma=sigma)
+        row |= {name: found[name][0] for name in ("antithetic", *orders, *sizes)}
+        row |= {f"{name}, shared": batches[name][0] for name in sizes}
+        row |= {f"beta, {name}": found[name][1] for name in orders}
+        rows.append(row)
     own = {name: f"{name}, own references" for name in sizes}
     shared = {f"{name}, shared": f"{name}, shared by {args.batch}" for name in sizes}
-    axes = dict(xlabel="noise level sigma", ylabel="variance over plain DSM's")
     args.command += "-run" if args.run else ""
-    plot.show(args, list(rows[0]), [list(row.values()) for row in rows], [
-        axes | dict(y=["antithetic", *orders], title="gradient, by control"),
-        axes | dict(y=own | shared, title="gradient, by reference"),
-        axes | dict(y={f"value, {name}": name for name in orders}, title="objective, by control"),
-        axes | dict(y={f"beta, {name}": name for name in orders}, title="regression coefficient",
-                    ylabel="best factor beta of the gradient", yscale="linear")],
-        f"{title}: variance that is left by estimator; plain DSM is 1")
+    plot.show(
+        args, list(rows[0]), [list(row.values()) for row in rows],
+        [dict(y=["antithetic", *orders], title="by control"),
+         dict(y=own | shared, title="by reference"),
+         dict(y={f"beta, {name}": name for name in orders}, title="regression coefficient",
+              ylabel="best factor beta of the control", yscale="linear")],
+        f"{title}: variance of the gradient by estimator; plain DSM is 1",
+        xlabel="noise level sigma", ylabel="variance over plain DSM's")
 
+
+# ---- Figure 1 ------------------------------------------------------------------------------------
 
 ORDERS = {"order 0": 0, "order 1": 1}
 METHODS = ["DSM", "DSM, 2 batches", "STF 256", "antithetic", *ORDERS, "exact target"]
@@ -294,20 +259,18 @@ def loss_by(method, net, pool, batch, sigma, g):
     count = 2 * batch if method == "DSM, 2 batches" else batch
     reference = pool[torch.randint(len(pool), (max(count, 256),), generator=g)]
     x0 = reference[:count]
-    s, weight = torch.full((len(x0), 1), sigma), EDM().weight
-    noise = torch.randn(x0.shape, generator=g)
+    s, noise = torch.full((len(x0), 1), sigma), torch.randn(x0.shape, generator=g)
+    given = net, x0, noise, s, EDM().weight
     if method == "antithetic":
-        loss = antithetic_loss(net, x0, noise, s, weight)
-    elif method == "STF 256":
-        loss = stf_loss(net, x0, noise, s, weight, partial(stf_target, reference=reference))
-    elif method == "exact target":
-        loss = stf_loss(net, x0, noise, s, weight, ring_mean)
-    elif method in ORDERS:
-        loss, control = taylor_terms(net, x0, noise, s, weight, c_skip, ORDERS[method])
-        loss = loss - RunningBeta()(s)[:, 0] * control
-    else:
-        loss = dsm_loss(net, x0, noise, s, weight)
-    return loss.mean()
+        return antithetic_loss(*given).mean()
+    if method == "STF 256":
+        return stf_loss(*given, partial(stf_target, reference=reference)).mean()
+    if method == "exact target":
+        return stf_loss(*given, ring_mean).mean()
+    if method in ORDERS:
+        loss, control = taylor_terms(*given, c_skip, ORDERS[method])
+        return (loss - RunningBeta()(s)[:, 0] * control).mean()
+    return dsm_loss(*given).mean()
 
 
 @torch.no_grad()
@@ -343,30 +306,24 @@ def converge(args):
     An MLP on a ring of 8 Gaussians.  Twice the batch, antithetic pairs and a control of order 0
     cost two evaluations of the network for each sample, order 1 about five.  About 2 minutes.
     """
-    pool, _, _ = points(args)
-    marks = sorted({max(1, args.training * k // 20) for k in range(1, 21)})
-    rows, told = [], Progress("trainings", len(args.levels) * len(METHODS) * args.seeds)
-    for level in args.levels:
-        block = [[level, *(step if level == own else None for own in args.levels)]
-                 for step in marks]
-        for i, method in enumerate(METHODS):
-            runs = []
-            for seed in range(args.seed, args.seed + args.seeds):
-                runs.append(errors_of(method, pool, level, args.training, marks, seed))
-                told((len(rows) // len(marks) * len(METHODS) + i) * args.seeds + len(runs))
-            for row, errors in zip(block, zip(*runs)):
-                row += plot.mean_and_sd(errors)
-        rows += block
-    steps = [f"step, {level:g}" for level in args.levels]
-    spread = {method: f"{method} sd" for method in METHODS}
-    columns = ["sigma", *steps, *(name for pair in spread.items() for name in pair)]
-    plot.show(args, columns, rows, [
-        dict(x=x, y=METHODS, spread=spread, xlabel="training steps", xscale="linear",
-             ylabel="error over a fresh network's", yscale="linear", ylim=(0, 1.1),
-             title=f"sigma = {level:g}") for x, level in zip(steps, args.levels)],
+    pool, marks = points(), sorted({max(1, args.training * k // 20) for k in range(1, 21)})
+    rows = [[level, step] for level in args.levels for step in marks]
+    for method in plot.progress("methods", METHODS):
+        errors = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            errors.append([error for level in args.levels for error in errors_of(
+                method, pool, level, args.training, marks, seed)])
+        for row, of_seeds in zip(rows, zip(*errors)):
+            row += plot.mean_and_sd(of_seeds)
+    plot.show(
+        args, ["sigma", "step", *plot.with_sd(METHODS)], rows,
+        [dict(where=("sigma", level), title=f"sigma = {level:g}") for level in args.levels],
         "ring: training at one noise level with and without a control; mean and sd of "
-        f"{args.seeds} runs", size=(5.6, 3.8))
+        f"{args.seeds} runs", x="step", y=METHODS, xlabel="training steps", xscale="linear",
+        ylabel="error over a fresh network's", yscale="linear", ylim=(0, 1.1))
 
+
+# ---- Figures 4 and 5 -----------------------------------------------------------------------------
 
 def optimizers(args):
     """Variance that a control leaves while Adam and while SGD train (TCV fig. 4).
@@ -375,41 +332,39 @@ def optimizers(args):
     measured as in gradvar, over EDM's training noise.  "Adam's step": of the gradient over the root
     of Adam's own average of its square.  About 1 minute.
     """
-    pool, labels, _ = points(args)
-    marks = sorted({max(1, round(args.training ** (k / 9))) for k in range(10)})
-    table, told = {step: [step] for step in marks}, Progress("measurements", 2 * len(marks))
+    pool, marks = points(), {max(1, round(args.training ** (k / 9))) for k in range(10)}
+    table = {step: dict(step=step) for step in sorted(marks)}
     for name in ("Adam", "SGD"):
         net, g = mlp(args.seed), torch.Generator().manual_seed(args.seed)
         if name == "Adam":
             optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
         else:
             optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        for step in range(1, args.training + 1):
+        for step in plot.progress(f"steps by {name}", range(1, args.training + 1)):
             x0 = pool[torch.randint(len(pool), (256,), generator=g)]
             sigma = EDM().training_sigma(torch.rand(256, 1, generator=g))
             loss = dsm_loss(net, x0, torch.randn(x0.shape, generator=g), sigma, EDM().weight)
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()
-            if step not in table:
+            if step not in marks:
                 continue
-            scales = [1.0]
+            scales = {name: 1.0}
             if name == "Adam":
                 square = [optimizer.state[p]["exp_avg_sq"].flatten() for p in net.parameters()]
-                scales.append(1 / (torch.cat(square).double().sqrt() + 1e-8))
-            for scale in scales:
-                found = average_left(net, pool, labels, args.num,
-                                          torch.Generator().manual_seed(args.seed), scale=scale)
-                table[step] += found.values()
-            told(sum(len(row) > 1 + 2 * len(found) * (name == "SGD") for row in table.values()))
-    names = [("Adam", "gradient, while Adam trains"), ("Adam's step", "Adam's step"),
-             ("SGD", "gradient, while SGD trains")]
-    plot.show(args, ["step", *(f"{name} {kind}" for name, _ in names for kind in found)],
-              list(table.values()), [
-        dict(y={f"{name} {kind}": kind for kind in found}, xlabel="training steps", title=title,
-             ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1.1))
-        for name, title in names],
-        "ring, an MLP: variance that is left while it trains; plain DSM is 1")
+                scales["Adam's step"] = 1 / (torch.cat(square).double().sqrt() + 1e-8)
+            for of, scale in scales.items():
+                found = average_left(net, pool, args.num,
+                                     torch.Generator().manual_seed(args.seed), scale)
+                table[step] |= {f"{of} {kind}": left for kind, left in found.items()}
+    titles = {"Adam": "gradient, while Adam trains", "Adam's step": "Adam's step",
+              "SGD": "gradient, while SGD trains"}
+    plot.show(
+        args, list(table[1]), [list(row.values()) for row in table.values()],
+        [dict(y={f"{of} {kind}": kind for kind in found}, title=title)
+         for of, title in titles.items()],
+        "ring, an MLP: variance that is left while it trains; plain DSM is 1",
+        xlabel="training steps", ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1.1))
 
 
 def grid(args):
@@ -418,25 +373,20 @@ def grid(args):
     MLPs on a ring of 8 Gaussians, each trained on STF's target; over EDM's training noise, at each
     noise level with the best factor.  About 4 minutes.
     """
-    pool, labels, _ = points(args)
     networks = list(itertools.product(ACTIVATIONS, args.depth, args.width))
-    curves = {(depth, k): f"{depth} hidden, order {k}" for depth in args.depth for k in (0, 1)}
-    rows, told = [], Progress("networks", len(networks))
-    for activation, depth, width in networks:
+    pool, rows = points(), []
+    for activation, depth, width in plot.progress("networks", networks):
         g = torch.Generator().manual_seed(args.seed)
         net = fitted(mlp(args.seed, width, depth, activation), pool, args.training, g)
-        found = average_left(net, pool, labels, args.num, g)
-        count = sum(p.numel() for p in net.parameters())
-        rows.append([activation, depth, width]
-                    + [count if activation == name else None for name in ACTIVATIONS]
-                    + [found[f"order {k}"] if depth == own else None for own, k in curves])
-        told(len(rows))
-    columns = ["activation", "depth", "width", *(f"parameters, {name}" for name in ACTIVATIONS)]
-    plot.show(args, [*columns, *curves.values()], rows, [
-        dict(x=f"parameters, {name}", y=list(curves.values()), xlabel="number of parameters",
-             ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1), title=name,
-             marker="o") for name in ACTIVATIONS],
-        "ring, MLPs of several sizes: variance that a control leaves; plain DSM is 1", most=30)
+        found = average_left(net, pool, args.num, g)
+        rows.append([activation, depth, width, sum(p.numel() for p in net.parameters()),
+                     found["order 0"], found["order 1"]])
+    plot.show(
+        args, ["activation", "depth", "width", "parameters", "order 0", "order 1"], rows,
+        [dict(where=("activation", name), title=name) for name in ACTIVATIONS],
+        "ring, MLPs of several sizes: variance that a control leaves; plain DSM is 1",
+        x="parameters", y=["order 0", "order 1"], by="depth", xlabel="number of parameters",
+        ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1), marker="o")
 
 
 COMMANDS = {

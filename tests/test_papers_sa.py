@@ -1,4 +1,4 @@
-"""papers/sa.py: the estimation gap and the bias of SA-K in closed form, and each command in small."""
+"""papers/sa.py: estimation gap and bias of SA-K in closed form, and each command in small."""
 
 import csv
 import json
@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from losses import sa_tau
+from evaluate import BadInput
 from oracles import generator, randn
 from papers import sa
 from samplers import ddpm
 from schedules import DDPM
 
 SHORT = DDPM(beta_1=0.02, beta_T=0.4, T=10).levels
-SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4, steps=1, fid_num=4,
-             fid_features="pixels")
+SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4, steps=1,
+             fid_num=4, fid_features="pixels")
 
 
 def call(name, tmp_path, options=SMALL, **arguments):
@@ -87,30 +88,6 @@ def test_gap_is_the_distance_to_the_true_reverse_process_at_every_step():
     torch.testing.assert_close(got[:, 1], apart.square().mean((1, 2)).sqrt())
 
 
-def test_gap_of_gaussian_data_and_its_own_denoiser():
-    """N(0, v) with D = c x, c = v/(v + sigma^2): E d^2 by the recursion of the second moments of
-    (x0, true x, model's x), each step linear in them.  So the best denoiser has a gap, too."""
-    v, n = 0.5, 100_000
-
-    def best(x, sigma):
-        return v / (v + sigma ** 2) * x
-    got = sa.estimation_gap(best, v ** 0.5 * randn(n, 1, seed=1), SHORT, noise_source((n, 1)))
-    start = torch.tensor([[1, 0], [1, SHORT[-1]], [1, SHORT[-1]]]).double()
-    M = start @ torch.tensor([[v, 0], [0, 1]]).double() @ start.T
-    for i in range(9, 0, -1):                                         # sigma_{i+1} -> sigma_i
-        above, below = SHORT[i], SHORT[i - 1]
-        r, c = (below / above) ** 2, v / (v + above ** 2)
-        A = torch.eye(3, dtype=torch.float64)
-        A[1] = torch.tensor([1 - r, r, 0])
-        A[2] = torch.tensor([0, 0, r + (1 - r) * c])
-        M = A @ M @ A.T
-        M[1:, 1:] += r * (above ** 2 - below ** 2)
-        apart = M[1, 1] - 2 * M[1, 2] + M[2, 2]
-        want = (apart / (1 + below ** 2)).sqrt()
-        assert got[9 - i, 1] == pytest.approx(want.item(), rel=0.015)
-        assert abs(got[9 - i, 0]) < 4 * want / n ** 0.5                # without a sign on average
-
-
 # ---- Bias of the minimiser -----------------------------------------------------------------------
 
 def test_tau_and_the_bias_of_independent_noises(tmp_path):
@@ -179,5 +156,5 @@ def test_gap_compares_runs_and_refuses_other_data(two, capsys):
     assert {name.rsplit(": ")[0] for name in again[0]} == {"t", *folders}
     call("table", two, SMALL | dict(cond=False), samplers=("ddim",), T=(1,), seeds=1)
     other = next(options["out"] for options in runs() if not options["cond"])
-    with pytest.raises(sa.BadInput, match="other data or classes"):
+    with pytest.raises(BadInput, match="other data or classes"):
         call("gap", two, runs=[folders[0], other], num=4, start=6)
