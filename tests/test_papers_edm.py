@@ -66,7 +66,8 @@ def floor(run, num):
 # ---- Figure 1 ------------------------------------------------------------------------------------
 
 def test_the_ideal_denoiser_goes_from_the_image_to_the_mean_of_its_class(folder, monkeypatch):
-    """The picture has two images of three rows each: noisy, ideal, network."""
+    """The picture has two images of three rows each: noisy (scaled, so that it can be seen), ideal,
+    network."""
     run = train.run(train.Options(data="images.npz", cond=True, width=8, mult=(1, 1), steps=1,
                                   batch=8, eval_every=0, out="run"), brief=True)
     saved = []
@@ -79,6 +80,7 @@ def test_the_ideal_denoiser_goes_from_the_image_to_the_mean_of_its_class(folder,
     (_, panels, names), = saved
     little, much = (x.reshape(2, 3, -1).astype(int).swapaxes(0, 1) for _, x in panels)
     assert len(names) == 6 and abs(little[0] - little[1]).max() <= 1 < abs(much[2] - much[1]).max()
+    assert ((much[0] > 0) & (much[0] < 255)).mean() > 0.9
 
 
 # ---- Figures 2 and 4 -----------------------------------------------------------------------------

@@ -196,5 +196,5 @@ def test_pictures_and_linked_files_are_there_and_small():
 
 
 def test_no_blanks_are_left():
-    assert not re.search(r"@\w+@|TODO|XXX", README + MAP)
+    assert not re.search(r"@[\w-]+@|TODO|XXX", README + MAP)
     assert dataclasses.is_dataclass(train.Options)
