@@ -623,8 +623,9 @@ def load_checkpoint(run, device="cpu"):
     """A checkpoint, or the newest of a run: a dict of what is SAVED.  Nothing is unpickled."""
     path = run if os.path.isfile(run) else (checkpoints(run) or [None])[-1]
     if path is None:
-        raise BadInput(f"{run} " + ("has no checkpoint" if os.path.isdir(run) else "does not exist")
-                       + "; name a folder that train.py made")
+        raise BadInput(f"{run} " + ("has no checkpoint: its training ended before the first"
+                                    if os.path.isdir(run) else "does not exist")
+                       + "; name a folder in which train.py has left one")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return {name: state[name] for name in SAVED}
@@ -674,13 +675,19 @@ def run_data(options):
 # ---- Samples -------------------------------------------------------------------------------------
 
 SAMPLERS = {         # name: the choices that belong to it, by the names of the samplers' arguments
-    "heun": (), "euler": (), "edm-stochastic": ("S_churn", "S_tmin", "S_tmax", "S_noise"),
-    "euler-maruyama": ("beta",), "ddim": ("eta", "variance"), "ddpm": ("variance",),
-    "pc": ("snr",), "rk45": ("rtol",)}
+    "heun": (),
+    "euler": (),
+    "edm-stochastic": ("S_churn", "S_tmin", "S_tmax", "S_noise"),
+    "euler-maruyama": ("beta",),
+    "ddim": ("eta", "variance"),
+    "ddpm": ("variance",),
+    "pc": ("snr",),
+    "rk45": ("rtol",),
+}
 CHOICES = {          # name: (lowest and highest value, help)
     "S_churn": (0, math.inf, "how much noise each step replaces (default: 0, none)"),
-    "S_tmin": (0, math.inf, "smallest noise level at which it does (default: 0)"),
-    "S_tmax": (0, math.inf, "largest noise level at which it does (default: any)"),
+    "S_tmin": (0, math.inf, "smallest noise level at which noise is replaced (default: 0)"),
+    "S_tmax": (0, math.inf, "largest noise level at which noise is replaced (default: any)"),
     "S_noise": (0, math.inf, "standard deviation of the new noise (default: 1)"),
     "beta": (0, math.inf, "rate of new for old noise, in units of sigma'/sigma (default: 1)"),
     "eta": (0, 1, "share of DDPM's noise (default: 0)"),
@@ -695,11 +702,13 @@ def generate(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sc
              guide=1.0, batch=64, callback=None, **choices):
     """Samples, one for each seed: float32 (len(seeds), *options.shape) on the CPU.
 
-    Sample i depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.
-    denoiser, options: of load_run.  sampler, choices: see SAMPLERS.  labels (len(seeds),): classes;
-    None: of a class-conditional run, classes as often as the data has them.  schedule: whose time
-    steps; None: the run's own.  guide: weight of classifier-free guidance.  steps: rk45 chooses
-    its own.  callback(i, x): called after step i with the state x of a batch, for trajectories.
+    Images are within about [-1, 1]; to_uint8 and save_pictures turn them into pictures.  Sample i
+    depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.
+    denoiser, options: of load_run.  sampler, choices: see SAMPLERS.  labels (len(seeds),): numbers
+    of classes; None: of a class-conditional run, classes as often as the data has them.  schedule:
+    whose time steps; None: the run's own.  guide: weight of classifier-free guidance.  steps: rk45
+    chooses its own.  callback(i, x): called after step i with the state x of a batch, for
+    trajectories.
     """
     return torch.cat(list(drawn(denoiser, options, seeds, sampler, steps, labels, schedule, guide,
                                 batch, callback, **choices)))
@@ -710,9 +719,18 @@ def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sched
     """What generate gives, batch by batch."""
     choices = check_choices(denoiser, options, sampler, guide, choices)
     schedule = schedule or build_schedule(options)
+    if steps < 1:
+        raise BadInput(f"--steps {steps} is not at least 1")
     t = attempt(f"--steps {steps}", "choose fewer", schedule.time_steps,
                 2 if sampler == "rk45" else steps)
-    labels = draw_labels(seeds, options) if labels is None else labels
+    if labels is None:
+        labels = draw_labels(seeds, options)
+    else:
+        labels, count = torch.as_tensor(labels), len(options.classes)
+        whole_numbers = labels.shape == (len(seeds),) and not labels.is_floating_point()
+        if not whole_numbers or labels.min() < 0 or labels.max() >= count:
+            raise BadInput(f"labels must be {len(seeds)} whole numbers, one for each seed, below "
+                           f"{count}, the number of classes")
     D = denoiser if guide == 1 else samplers.guidance(denoiser, denoiser, guide)
     for i in range(0, len(seeds), batch):
         own = () if labels is None else (labels[i:i + batch].to(options.device),)
@@ -760,13 +778,17 @@ def draw(denoise, x, labels, noise, sampler, schedule, t, choices, callback=None
     if sampler == "pc":
         return samplers.predictor_corrector(D, start, t, schedule, noise, norms=images, **choices,
                                             **more)
-    rtol = choices.get("rtol", 1e-5)
-    return samplers.rk45(denoise, start, t, schedule, rtol, rtol, labels, **more)[0]
+    if sampler == "rk45":
+        rtol = choices.get("rtol", 1e-5)
+        return samplers.rk45(denoise, start, t, schedule, rtol, rtol, labels, **more)[0]
+    raise NotImplementedError(f"evaluate.draw has no branch for --sampler {sampler}")
 
 
 def check_choices(denoiser, options, sampler, guide, choices):
     """The choices that are not None; BadInput where one has no meaning.  "analytic" becomes its
     covariance, measured here."""
+    if sampler not in SAMPLERS:
+        raise BadInput(f"--sampler {sampler} is none of {', '.join(SAMPLERS)}")
     choices = {name: value for name, value in choices.items() if value is not None}
     variance = choices.get("variance")
     measured = callable(variance) or variance in ("analytic", "sn", "npr")
@@ -896,6 +918,8 @@ def whole(path, write, **options):
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)           # of a full disk, no more than there was
+    if not Path(path).parent.is_dir():
+        raise BadInput(f"the folder {Path(path).parent} does not exist")
     attempt(path, "make room there, or choose another place", to_part)
 
 
@@ -1083,8 +1107,9 @@ def noise_table(denoise, options, data, count=128):
     """Rows (sigma, DSM loss, STF loss, ESS): the same `count` images and noise at each level.
 
     The two losses score the same D: against x0, and against x0's posterior mean given a reference.
-    They differ by the variance of DSM's target, noise that no network can learn.  ESS is the number
-    of references that STF's target averages, 1/sum_k w_k^2.
+    They differ by the variance that averaging over the reference takes away.  That is noise, which
+    no network can learn; more references would show more of it.  ESS is the number of references
+    that STF's target averages, 1/sum_k w_k^2.
     """
     weight, g = build_weight(options), torch.Generator().manual_seed(options.seed)
     rows = torch.randperm(len(data.x), generator=g)[:max(options.ref_batch, count)]
@@ -1105,15 +1130,16 @@ def noise_table(denoise, options, data, count=128):
 
 
 def print_levels(table, options):
-    """noise_table on the terminal, with a bar for the share of the loss that is chance."""
+    """noise_table on the terminal, with a bar for the share of the loss that is noise."""
     same = "of its class" if options.classes else ""
-    print(f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   share of DSM's loss that\n"
-          f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   no network can learn\n"
-          f"{same:>44}")
+    print("losses by noise level, weighted as in training\n\n"
+          f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   at least this share\n"
+          f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   of DSM's loss is "
+          f"noise\n{same:>44}")
     for sigma, dsm, stf, size in table:
-        chance = 1 - stf / dsm
-        bar = "#" * max(round(20 * chance), 0)
-        print(f"{sigma:8g} {dsm:11.4f}{stf:11.4f}{size:13.1f} {chance:8.0%}   {bar}")
+        noise = 1 - stf / dsm
+        bar = "#" * max(round(20 * noise), 0)
+        print(f"{sigma:8g} {dsm:11.4f}{stf:11.4f}{size:13.1f} {noise:8.0%}   {bar}")
 
 
 def draw_levels(path, table, title):
@@ -1131,7 +1157,7 @@ def draw_levels(path, table, title):
     left.set(xlabel="noise level sigma", ylabel="weighted loss of one network")
     left.legend(fontsize=8)
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
-    right.set(xlabel="noise level sigma", ylabel="share of DSM's loss that is chance", ylim=(0, 1))
+    right.set(xlabel="noise level sigma", ylabel="share of DSM's loss that is noise", ylim=(0, 1))
     page.suptitle(title)
     page.savefig(path, dpi=100)
 
@@ -1149,7 +1175,7 @@ def draw_curve(folder):
     page = figure.Figure(figsize=(6, 4))
     axes = page.subplots()
     axes.semilogy(steps, losses, linewidth=0.5, label="each step")
-    axes.semilogy(steps[span - 1:], means, label=f"mean of {span} steps")
+    axes.semilogy(steps[span // 2:][:len(means)], means, label=f"mean of {span} steps around it")
     axes.set(xlabel="step", ylabel="loss", title=folder)
     axes.legend()
     page.tight_layout()
@@ -1256,6 +1282,8 @@ def fid(args):
           f"features of {features[0]}\n\n"
           f"{'':20}{f'{num} samples':>20}{f'{num} real (floor)':>20}\n"
           f"{distance_name(features[0], num):20}{distance:20.4g}{real['floor']:20.4g}")
+    if math.isnan(real["floor"]):
+        print(f"no floor: it takes {2 * num} real rows")
     if classes is not None:
         cells = ["{:.4g} +- {:.2g}".format(*inception_score(p)) for p in (classes, real["classes"])]
         print(f"{'IS':20}{cells[0]:>20}{cells[1]:>20}")
@@ -1268,7 +1296,7 @@ def fid(args):
 
 
 def levels(args):
-    """evaluate.py levels: the loss at each noise level, and the share of it that is chance."""
+    """evaluate.py levels: the loss at each noise level, and the share of it that is noise."""
     denoiser, options = load_run(args.run, args.device, args.weights)
     table = noise_table(denoiser, options, run_data(options))
     print(f"{args.run} at step {options.step}\n")
@@ -1281,7 +1309,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
+            raise argparse.ArgumentTypeError(f"{text} is not " + (
+                f"at least {low}" if high == math.inf else f"within [{low}, {high}]"))
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -1309,13 +1338,15 @@ examples:
     fid = commands.add_parser("fid", help="the distance of samples, or of images, to the data")
     levels = commands.add_parser("levels", help="the loss at each noise level")
     for add in (sample.add_argument, fid.add_argument, levels.add_argument):
-        add("run", metavar="RUN", help="folder that train.py made; fid: or any images")
+        add("run", metavar="RUN", help="folder that train.py made, or one of its checkpoints" +
+            ("; or any images, with --ref" if add == fid.add_argument else ""))
         add("--weights", default="ema", metavar="NAME", help="ema (the run's first average), raw, "
             "or another of its half-lives (default: ema)")
         add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     for add in (sample.add_argument, fid.add_argument):
-        add("--num", type=number(int, 2), metavar="N", help="number of samples (default: sample: "
-            "80 images or 4000 points; fid: 2000 or 4000)")
+        few, usual = (2, 2000) if add == fid.add_argument else (1, 80)
+        add("--num", type=number(int, few), metavar="N", help="number of samples (default: "
+            f"{usual} images or 4000 points)")
         add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, metavar="N",
             help="sample i has seed N + i (default: 0)")
         add("--batch", type=number(int, 1), default=64, metavar="N", help="samples drawn "
@@ -1332,8 +1363,8 @@ examples:
             owners = [sampler for sampler, own in SAMPLERS.items() if name in own]
             add(f"--{name}", help=f"{' and '.join(owners)}: {text}", **kind)
     sample.add_argument("--out", metavar="FILE", help="a .png or .npz (default: a .png in RUN)")
-    sample.add_argument("--gif", action="store_true", help="show the sampler's states, too")
-    sample.add_argument("--class", dest="label", metavar="NAME", help="one class (default: all)")
+    sample.add_argument("--gif", action="store_true", help="also save the steps as a moving .gif")
+    sample.add_argument("--class", dest="label", metavar="NAME", help="draw this class only")
     add = fid.add_argument
     add("--ref", metavar="PATH", help="images to compare with (default: the data of RUN)")
     add("--size", type=number(int, 1), metavar="N", help="crop and resize all images to N x N")

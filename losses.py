@@ -4,6 +4,7 @@
     x = x0 + sigma * noise     denoise(x, sigma) -> (B, ...)  an estimate of E[x0 | x]
     weight(sigma) -> lambda    the weight on |D - x0|^2, e.g. a schedule's
     every loss returns (B,);  every shape rank works: (B, 2) points as well as (B, C, H, W)
+    Needs: names the other functions of this file that must travel with a copy
 
 D seen otherwise: eps_hat = (x - D)/sigma, score = (D - x)/sigma^2.  In losses and their controls
 |.|^2 and a.b are means over a sample's coordinates, so that losses compare across sizes (published
@@ -195,16 +196,16 @@ def sa_tau(ladder, t, K, kind="unit"):
 
         tau_i = sqrt(ab_1) sigma_1^2 (sigma_i^2 - sigma_{i-1}^2) / (sigma_i sigma_{i-1}^2)
 
-    which is the paper's formula in sigma, with ab_1 = 1/(1 + sigma_1^2): an error of eps_hat at
-    step i moves the posterior's mean by its share (1 - sigma_{i-1}^2/sigma_i^2) sigma_i, and each
-    later step j shrinks that by sigma_{j-1}^2/sigma_j^2, which telescopes.
+    which is the paper's formula in sigma, with ab_1 = 1/(1 + sigma_1^2).  An error e of eps_hat at
+    step i moves x_{i-1} by (1 - sigma_{i-1}^2/sigma_i^2) sigma_i e, and each later step j shrinks
+    that by sigma_{j-1}^2/sigma_j^2; the product telescopes.
 
     kind 'unit': 1, as the published code has it;  'paper': tau_i, and tau_1 = 0: on linear betas it
     falls from 8e-3 at i = 2 to 1e-8 at 1000, so that its loss does next to nothing;  'window':
     tau_s/tau_t, the same errors measured at the window's start (1 at the ladder's first level).
 
-    ladder (T,), t (B,) int64: 1..T, as published, or 0..T+K-1, the paper's windows, which all
-    levels are in equally often -> (K, B) float64.  Needs: nothing.
+    ladder (T,), t (B,) int64 -> (K, B) float64.  t in 1..T, as published, or in 0..T+K-1, as in
+    the paper, where each level is in K windows.  Needs: nothing.
     """
     s = t - torch.arange(K, device=t.device)[:, None]                             # (K, B)
     inside, variance = (s >= 1) & (s <= len(ladder)), ladder.double() ** 2
@@ -266,12 +267,14 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
     """c_out^2 b (T^k.noise - E), coordinate by coordinate; its sum has mean 0 over the noise.
 
+    F is known only through G = c_out F.  With T and E those of G, the same number is
+
         c_skip sigma (T.noise - E),    G(y) = D(y; sigma) - c_skip y,    J, H: its derivatives
         T = G + sigma J noise + sigma^2/2 H[noise, noise],    E = sigma tr J (order 0: T = G, E = 0)
 
-    G(x) = c_out F(c_in x) and c_out b = c_skip sigma, so this needs D alone, not F.  The trace is
-    exact, by d products with J.  With a probe (B, ...) of random signs the trace is estimated by
-    Hutchinson's probe.J probe, which has the same mean, costs one product and adds variance.
+    for c_out b = c_skip sigma.  The trace is exact, by d products with J.  With a probe (B, ...) of
+    random signs the trace is estimated by Hutchinson's probe.J probe, which has the same mean,
+    costs one product and adds variance.
     y (B, ...) with requires_grad if order > 0, D0 = D(y; sigma), c_skip (B, 1, ..., 1) -> (B, ...).
     Needs: nothing.
     """
@@ -289,7 +292,7 @@ def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
     elif order > 0:
         dot = dot + sigma * (product(noise) * noise - product(probe) * probe)
     if order > 1:
-        curve = (product(noise) * noise + 0 * y).sum()     # noise.J noise; 0 y if J has no y
+        curve = (product(noise) * noise + 0 * y).sum()     # noise.J noise; + 0 y: J may be constant
         H = torch.autograd.grad(curve, y, create_graph=True)[0]                   # H[noise, .]
         dot = dot + sigma ** 2 / 2 * H * noise
     return c_skip * sigma * dot
@@ -323,9 +326,9 @@ class RunningBeta:
     g_loss and g_control are per-sample gradients of a few parameters; those of the last layer are
     a good proxy for all.  beta must come from past batches: one from the same batch adds bias.
     Each bin of ln sigma keeps running sums, in which each new sample multiplies the old ones by
-    `decay`.  After n samples in its bin, beta is the mean, with weights n and 4, of their
-    coefficient and a guess, 1/(1 + (sigma/scale)^1.3); scale is about twice the smallest local
-    spread of the data.  beta is clamped to [0, 1.2] and has sigma's shape.
+    `decay`.  After n samples in its bin, beta is (n measured + 4 guess)/(n + 4) with the guess
+    1/(1 + (sigma/scale)^1.3), where scale is about twice the smallest local spread of the data.
+    beta is clamped to [0, 1.2] and has sigma's shape.
     All state is one tensor, sums (3, bins).  Needs: nothing.
     """
 
@@ -420,8 +423,8 @@ def augment(images, a):
     about the centre, the rightmost first, in one bicubic resampling with the border reflected at
     the outer pixels' edges (published code: at their centres).
     Exact for the identity and for flips; linear in the images.  On waves of 4 pixels and longer,
-    turned by any angle, its rms error is at most 3.5 % of theirs on average over directions, 4.5 %
-    along the worst; shrinking is not filtered.
+    turned by any angle, its rms error is at most 3.5 % of the waves' rms on average over
+    directions, 4.5 % along the worst; shrinking is not filtered.
 
     images (B, C, H, H), a (B, 8) -> (B, C, H, H).  Needs: nothing.
     """

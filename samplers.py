@@ -158,9 +158,10 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
         h <- h min(max(.9 r^(-1/5), .2), 10);    the step after a refused one does not grow h
 
     It goes from t[0] to the last t_i > 0 in steps of its own; the t_i between do not matter.  The
-    first h makes h |dx/dt| 1 % of |x|, both in that norm, within 1e-6 of the whole way and all of
-    it.  Then comes Euler's step to 0, whose slope is known already; pass t[:-1] to stop before it.
-    r and h are each sample's own: a sample does not depend on its batch, and leaves it when done.
+    first h makes h |dx/dt| 1 % of |x|, both in that norm, but is at least 1e-6 of the whole way
+    and at most all of it.  Then comes Euler's step to 0, whose slope is known already; pass t[:-1]
+    to stop before it.  r and h are each sample's own: a sample does not depend on its batch, and a
+    sample that is done is no longer computed.
     denoise gets x (b, ...), sigma (b, 1, ..., 1) and the same b rows of each tensor in labels.
     x (B, ...), t (N + 1,) -> x (B, ...), NFE (B,) int64.  Errors: FloatingPointError where x is
     not finite, h below what t can resolve, or max_steps too few; it names step, sample, t, sigma.
@@ -294,9 +295,9 @@ def ddim(denoise, x, sigma, noise=None, eta=0.0, covariance=None, cap=None, call
         w = eta^2 (b/a)^2 (a^2 - b^2),    k = sqrt(b^2 - w)/a           sigma_{i+1} = b
 
     covariance(x, sigma, D) -> Cov[x0 | x], to broadcast to x; None is 0, as published for DDIM.
-    cap: the last noise, that of the step to the smallest sigma > 0, is held to cap grey levels of
-    [-1, 1] on average, sqrt(w + ...) <= sqrt(1 + b^2) cap (2/255) sqrt(pi/2): for images (2 in
-    DDPM, 1 in DDIM).  None: no cap.  The step to 0 is D, without noise.
+    cap: limits the noise of the last noisy step, to the smallest sigma > 0, to a mean |noise| of
+    cap grey levels (2/255 each), sqrt(w + ...) <= sqrt(1 + b^2) cap (2/255) sqrt(pi/2): for images
+    (2 in DDPM, 1 in DDIM).  None: no cap.  The step to 0 is D, without noise.
     eta = 0 without covariance is Euler in sigma(t) = t and calls no noise.  eta = 1 is DDPM.
     x (B, ...), sigma (N + 1,), noise() -> (B, ...).  Needs: level, record, checked.
     """
@@ -406,9 +407,9 @@ def snr_step(score, z, snr, alpha):
         step = 2 alpha (snr |z|/|score|)^2,     norms over each sample
 
     Published code takes the batch's mean norms, so that samples depend on each other.  The norms of
-    one sample depend on x, so the law that Langevin steps then keep has (1 + 2/d)^2 times the
-    variance in d dimensions: negligible for images, fatal in few dimensions, where |score| can be
-    near 0.  score, z (B, ...), alpha 0-d -> (B, 1, ..., 1).  Needs: nothing.
+    one sample depend on x, so the law that small Langevin steps then keep has, for a Gaussian,
+    (1 + 2/d)^2 times the variance in d dimensions: negligible for images, fatal in few dimensions,
+    where |score| can be near 0.  score, z (B, ...), alpha 0-d -> (B, 1, ..., 1).  Needs: nothing.
     """
     ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)                       # (B,)
     return 2 * alpha * (snr * ratio.view(-1, *[1] * (z.ndim - 1))) ** 2
@@ -423,8 +424,8 @@ def predictor_corrector(denoise, x, t, schedule, noise, snr=0.16, norms=True, ca
 
     from t_i (s, sigma) to t_{i+1} (s', sigma'), corrector first as in the published code, no noise
     in the step to 0.  a and v are the forward transition's: VE a = 1; VP a = sqrt(1 - beta),
-    v = beta.  step: snr_step with alpha = a^2; without norms, 2 alpha (snr s sigma)^2, to which
-    snr_step comes down where the score is that of noise alone: for points.  The finite step leaves
+    v = beta.  step: snr_step with alpha = a^2; without norms, for points, 2 alpha (snr s sigma)^2,
+    which is snr_step's value where x is pure noise.  The finite step leaves
     the variance too large, by a share of about snr^2.
     x (B, ...), t (N + 1,), noise() -> (B, ...).  Needs: langevin, snr_step, level, record, checked.
     """

@@ -3,7 +3,7 @@
     x(t) = s(t) (x0 + sigma(t) noise)            the noisy sample at time t
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)      the denoiser around a raw network F
 
-Every class has the same members in the same order, so that two columns can be put through diff:
+Every class has the same members in the same order, for a comparison line by line:
 
     sigma(t)  sigma_inv(sigma)  dsigma(t)      noise level, its inverse, its derivative in t
     s(t)  ds(t)                                scale and its derivative in t
@@ -15,6 +15,7 @@ Every class has the same members in the same order, so that two columns can be p
 t, sigma and u are tensors of any shape.  sigma is in units of the data (images in [-1, 1]); t is
 whatever the column calls time.  The caller draws u, and may stratify it; at u = 0 and u = 1 a
 log-normal sigma is 0 and infinite.
+`Needs:` names what must travel with a copy of a class, beside torch and dataclass.
 Sampling and training are independent: D is a black box, and a network trained with one column can
 be sampled with the time steps of any other.
 
@@ -79,7 +80,7 @@ class VP:
 class VE:
     """Variance exploding SDE (Song et al. 2021): EDM Table 1, column 'VE'.  Needs: nothing.
 
-    Its last step, an Euler step in t = sigma^2, ends at (x + D)/2: half of sigma_min stays.
+    Its last step, an Euler step in t = sigma^2, ends at (x + D)/2: noise of sigma_min/2 stays.
     """
 
     sigma_min: float = 0.02
@@ -120,7 +121,7 @@ class EDM:
     """EDM Table 1, column 'Ours'.  Needs: nothing.
 
     c_in and c_out make the network's input and target unit variance, c_skip minimises c_out, and
-    weight c_out^2 = 1: at initialisation every noise level costs the same.
+    weight = 1/c_out^2: at initialisation every noise level has the same expected loss.
     """
 
     sigma_min: float = 0.002

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -45,7 +46,7 @@ from schedules import SCHEDULES
 
 # ---- Options -------------------------------------------------------------------------------------
 
-def option(default, text, low=None, high=None, choices=None):
+def option(default, text, low=None, high=math.inf, choices=None):
     """A field of Options: its default, its help, and the values that it may have."""
     return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high,
                                                             choices=choices))
@@ -61,8 +62,8 @@ class Options:
                        "class), .zip, .npz or .npy")
     data_dir: str = option("data", "folder of downloads and caches")
     size: int = option(None, "crop and resize the images to N x N", 1)
-    holdout: int = option(None, "keep every N-th row from training, to measure the error on; 0: "
-                          "none; built-in sets draw new rows instead", 0)
+    holdout: int = option(None, "keep every N-th row to measure the error on; 0: none; built-in "
+                          "sets draw new rows instead", 0)
     cond: bool = option(None, "tell the network the class of each image")
     xflip: bool = option(False, "mirror each image with probability 1/2")
     augment: float = option(0.0, "probability of each of EDM's geometric transforms", 0, 1)
@@ -94,9 +95,8 @@ class Options:
     P_std: float = option(None, "edm: standard deviation of ln sigma in training", 0.01, 10)
     weight: str = option("schedule", "weight of the loss by noise level; schedule: the schedule's "
                          "own", choices=("schedule", *WEIGHTS))
-    precondition: str = option("schedule", "scaling around the network: a schedule's, or the one "
-                               "by which the network predicts eps, x0 or v; schedule: the "
-                               "schedule's own",
+    precondition: str = option("schedule", "scaling around the network: a schedule's (schedule: "
+                               "the run's own), or that of a network that predicts eps, x0 or v",
                                choices=("schedule", *SCHEDULES, "eps", "x0", "v"))
     # network
     arch: str = option(None, "mlp for points; unet, a small one; ddpmpp, ncsnpp or adm, as "
@@ -108,15 +108,13 @@ class Options:
     attend: tuple = option(None, "image sizes at which there is attention, as in 16,8 (default: as "
                            "the arch has it)", 1, 4096)
     dropout: float = option(0.0, "share of activations that are dropped in training", 0, 1)
-    label_dropout: float = option(0.0, "share of labels hidden in training, for evaluate.py sample "
-                                  "--guidance", 0, 1)
+    label_dropout: float = option(0.0, "share of labels hidden, for evaluate.py's --guidance", 0, 1)
     # optimisation
     steps: int = option(None, "number of training steps", 1)
     batch: int = option(None, "samples in a step, over all ranks", 1, 65_536)
     lr: float = option(None, "learning rate of AdamW", 1e-9, 10)
     warmup: int = option(None, "number of steps over which the learning rate rises", 0)
-    decay: float = option(None, "last share of the steps, over which the learning rate falls to 0",
-                          0, 1)
+    decay: float = option(None, "last share of the steps, in which the rate falls to 0", 0, 1)
     beta2: float = option(None, "AdamW's memory of squared gradients", 0, 0.999999)
     clip: float = option(1.0, "limit of the gradient's norm", 1e-9)
     ema: tuple = option(None, "half-lives of the averages of the weights, in images, as in "
@@ -131,11 +129,9 @@ class Options:
     device: str = option(None, "cpu or cuda (default: cuda where there is one)")
     out: str = option(None, "folder of the run (default: runs/NUMBER-DATA-LOSS-SCHEDULE)")
     # what is watched and kept
-    eval_every: int = option(None, "steps between measurements of the error at each noise level; "
-                             "0: none", 0)
-    fid_every: int = option(0, "steps between distances to the data, by which best.pt is kept; 0: "
-                            "none", 0)
-    fid_num: int = option(None, "samples for each distance", 2)
+    eval_every: int = option(None, "steps between errors at each noise level; 0: none", 0)
+    fid_every: int = option(0, "steps between distances, by which best.pt is kept; 0: none", 0)
+    fid_num: int = option(None, "samples drawn for each distance to the data", 2)
     fid_features: str = option(None, "what distances are measured on: pixels, or the features of "
                                "Inception, which is downloaded", choices=("pixels", "inception"))
     sample_every: int = option(None, "steps between pictures of samples; 0: only at the end", 0)
@@ -172,8 +168,7 @@ KINDS["images without a GPU"] = KINDS["images"] | dict(
     arch="unet", steps=2000, batch=16, lr=2e-3, warmup=50, decay=0.7, beta2=0.99, ema=(5000,),
     eval_every=500, sample_every=500, checkpoint_every=200)
 
-# The papers' runs, with the published batch, learning rate, warm-up, dropout, augmentation,
-# averages and number of steps.
+# The papers' runs: batch, rates, dropout, augmentation, averages and steps as published.
 SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema=(887_000,), dropout=0.1,
                  xflip=True, clip=1.0, beta2=0.999, decay=0.0)
 KARRAS = dict(schedule="edm", augment=0.12, batch=512, lr=1e-3, warmup=19_531, steps=390_625,
@@ -219,24 +214,23 @@ def check(options):
     """BadInput where an option has a value of another type, or none that it may have."""
     for name, field in CHOSEN.items():
         value = getattr(options, name)
+        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
         if value is None and field.default is None:
             continue
-        kinds = (int, float) if field.type is float else (tuple, list) if field.type is tuple else \
-            (field.type,)
-        values = value if field.type is tuple else [value]
-        if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool) or (
-                field.type is tuple and not all(isinstance(v, int) for v in value or [""])):
+        kind = {float: (int, float), tuple: int}.get(field.type, field.type)
+        several = isinstance(value, (tuple, list))
+        values = value if several else [value]
+        if several != (field.type is tuple) or not values or \
+                not all(isinstance(v, kind) for v in values):
             raise BadInput(f"{word(name)} is {value!r}, not of type {field.type.__name__}")
-        low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
         if choices and value not in choices:
             raise BadInput(f"{word(name)} {value} is none of {', '.join(choices)}")
-        if low is not None and not all(low <= v <= (high or math.inf) for v in values):
-            raise BadInput(f"{word(name)} {value} is not " + (
-                f"within [{low}, {high}]" if high else f"at least {low}"))
+        if low is not None and not all(low <= v <= high for v in values):
+            raise BadInput(f"{word(name)} {value} is not within [{low}, {high}]")
 
 
 def resolve(options, data):
-    """The options of a new run on this data: no None is left where KINDS has a default.
+    """The options of a new run on this data: KINDS fills in what is None.
 
     BadInput where options contradict each other, or where one would have no effect.
     """
@@ -252,34 +246,30 @@ def resolve(options, data):
     unused = [f"{word(name)} belongs to --{other} {value}"
               for name, (other, value) in BELONGS.items()
               if name in given and getattr(options, other) != value]
-    network = [word(name) for name in ("mult", "attend", "dropout", "label_dropout")
-               if name in given]
+    for_images = [word(name) for name in ("xflip", "augment", "mult", "attend", "dropout",
+                                          "label_dropout") if name in given]
     options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
                             options.batch)
     if options.amp == "auto":
         bf16 = options.device.startswith("cuda") and torch.cuda.is_bf16_supported(
             including_emulation=False)
         options.amp = "bf16" if bf16 else "none"
-    options.shape = tuple(data.x.shape[1:])
-    options.classes = tuple(data.classes) if options.cond else ()
-    options.counts = tuple(np.bincount(data.labels).tolist()) if options.cond and data.classes \
-        else ()
-    options.fingerprint = data.fingerprint
+    options.shape, options.fingerprint = tuple(data.x.shape[1:]), data.fingerprint
+    if options.cond and data.classes:
+        options.classes = tuple(data.classes)
+        options.counts = tuple(np.bincount(data.labels).tolist())
     levels = len(options.mult or UNETS.get(options.arch, {}).get("mult", ()))
     sizes = [options.shape[-1] >> level for level in range(levels)]
     attempt(f"--sample-steps {options.sample_steps}", "choose fewer",
             evaluate.build_schedule(options).time_steps, options.sample_steps)
     for bad, sentence in [
         (unused, "; ".join(unused)),
-        (options.arch == "mlp" and network, f"{' and '.join(network)}: the mlp has none; leave it "
-         "out"),
+        (points and for_images, f"{' and '.join(for_images)}: not for points; leave it out"),
         ((options.arch == "mlp") != points, "--arch mlp is for points, and only that is; "
          f"{data.name} has shape {options.shape}"),
         (options.attend and not points and not set(options.attend) <= set(sizes),
          f"--attend: the sizes in this network are {sizes}"),
         (options.width and options.width % 2, "--width is not even; choose an even number"),
-        (options.augment and points, "--augment: its transforms are for images"),
-        (options.xflip and points, "--xflip: points cannot be mirrored"),
         (options.cond and data.labels is None, f"--cond: {data.name} has no labels"),
         (options.label_dropout and not options.cond, "--label-dropout needs --cond"),
         (options.loss == "taylor" and options.precondition == "x0", "--precondition x0: the "
@@ -300,19 +290,16 @@ def resolve(options, data):
 def resumed(folder, given):
     """The options of a run that goes on: those it was started with, and what may change."""
     path = Path(folder, "options.json")
-    if not folder:
-        raise BadInput("--resume has an empty name; give the folder of a run, or nothing")
-    if not path.is_file():
-        raise BadInput(f"{folder} " + ("has no options.json" if path.parent.is_dir() else
-                                       "does not exist") + "; name a folder that train.py made")
+    if not folder or not path.is_file():
+        what = "has no options.json" if path.parent.is_dir() else "does not exist"
+        raise BadInput(f"--resume: {folder} {what}; name a folder that train.py made")
     options = attempt(path, "mend it, or name another folder", read_options, path)
     differ = [f"{word(name)} {value} (was {getattr(options, name)})"
               for name, value in given.items()
               if value != getattr(options, name) and name not in MAY_CHANGE]
     if differ:
         raise BadInput(f"--resume {folder}: cannot change {', '.join(differ)}; start a new run")
-    options = dataclasses.replace(options, **{name: given[name] for name in MAY_CHANGE
-                                              if name in given})
+    options = dataclasses.replace(options, **given)
     options.device = evaluate.pick_device(options.device)
     return options
 
@@ -380,16 +367,10 @@ def training_count(N, holdout):
     return N - N // holdout if holdout else N
 
 
-def training_rows(index, holdout):
-    """The rows of the data with these indices among the rows to train on: all but every k-th."""
-    return index + index // (holdout - 1) if holdout else index
-
-
 def distinct(n, N, g):
     """n different numbers below N, in random order; with repetitions where n > N.
 
-    The first of them do not depend on n.  For large N numbers are drawn until n of them differ: it
-    takes O(n) time, where a permutation takes O(N).
+    The first of them do not depend on n.  For large N the time is O(n); a permutation takes O(N).
     """
     if n > N:
         return torch.randint(N, (n,), generator=g)
@@ -411,23 +392,25 @@ def draw_batch(pixels, labels, options, schedule, step):
     B, K, device, stf = options.batch, options.K, options.device, options.loss == "stf"
     n = options.ref_batch if stf else B
     N = training_count(len(pixels), options.holdout)
-    rows = distinct(n, N, generator(options.seed, step, 0))
-    rows, g = training_rows(rows, options.holdout), generator(options.seed, step, 4)      # (n,)
+    rows = distinct(n, N, generator(options.seed, step, 0))                       # (n,)
+    if options.holdout:
+        rows = rows + rows // (options.holdout - 1)            # passes over every holdout-th row
+    g = generator(options.seed, step, 4)
     u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
     flip = torch.rand(n, generator=g) < 0.5 if options.xflip else None
     sigma = schedule.training_sigma(u)                                            # (B,)
 
-    whole = n == N == len(pixels) and flip is None
-    if whole:                                    # the whole set: as it lies, without a copy
-        reference = pixels.to(device, non_blocking=True)
-    elif stf:
-        reference = gather(pixels, rows, flip, device)                            # (n, ...)
-    sources = gather(pixels, rows[:B], None if flip is None else flip[:B], device)
-    batch = Batch(evaluate.to_float(sources), None, None)
+    whole = stf and n == N == len(pixels) and flip is None     # the set as it lies, without a copy
+    taken = rows[:B] if whole else rows
+    x = pixels[taken.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
+    if flip is not None:
+        flip = flip.to(device, non_blocking=True)[:, None, None, None]
+        x = torch.where(flip, x.flip(-1), x)
+    batch = Batch(evaluate.to_float(x[:B]), None, None)
     if options.cond:
         batch.labels = labels[rows[:B]]
     if stf:
-        batch.reference = reference
+        batch.reference = pixels.to(device, non_blocking=True) if whole else x    # (n, ...)
         if options.cond:
             batch.reference_labels = labels if whole else labels[rows]
     if options.augment:
@@ -458,14 +441,6 @@ def on(device, values, x):
     """values (.., B) -> (.., B, 1, ..., 1) for x (B, ...), of x's type, on the device."""
     values = values.to(x.dtype).to(device, non_blocking=True)
     return values.view(*values.shape, *[1] * (x.ndim - 1))
-
-
-def gather(pixels, rows, flip, device):
-    """Rows (n, ...) of the data on the device, uint8 images mirrored where flip (n,)."""
-    x = pixels[rows.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
-    if flip is None:
-        return x
-    return torch.where(flip.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
 
 
 def ladder_of(schedule):
@@ -501,22 +476,18 @@ def objective(options, denoiser, batch, weight, precondition, beta):
 def bind(denoiser, batch):
     """denoise(x, sigma) for the batch's classes and augmentation."""
     labels, a, device = batch.labels, batch.a, batch.x0.device
-    if labels is not None:
-        labels = labels.to(device, non_blocking=True)
-    if a is not None:
-        a = augment_labels(a).to(device, non_blocking=True)
+    labels = None if labels is None else labels.to(device, non_blocking=True)
+    a = None if a is None else augment_labels(a).to(device, non_blocking=True)
     return partial(denoiser, labels=labels, augment_labels=a)
 
 
 def stable_target(batch, x, sigma):
     """STF's target of x, given the batch's reference, classes and augmentation."""
-    labels, reference_labels = batch.labels, batch.reference_labels
+    classes = () if batch.labels is None else (batch.labels, batch.reference_labels)
     if batch.a is not None:
-        return augmented_stf_target(x, sigma, batch.reference, batch.a, labels, reference_labels)
-    if labels is not None:
-        labels = labels.to(x.device, non_blocking=True)
-        reference_labels = reference_labels.to(x.device, non_blocking=True)
-    return stf_target(x, sigma, batch.reference, labels, reference_labels)
+        return augmented_stf_target(x, sigma, batch.reference, batch.a, *classes)
+    classes = [labels.to(x.device, non_blocking=True) for labels in classes]
+    return stf_target(x, sigma, batch.reference, *classes)
 
 
 def controlled(options, denoise, batch, weight, precondition):
@@ -570,15 +541,15 @@ def run(options, folder=None, brief=False):
     folder: that of a run that goes on; None: a new one.  brief: without report and pictures.
     """
     rank, world = ranks()
-    again = folder is not None
     agree(partial(check, options))
     data = in_turn(partial(evaluate.load_data, options.data, options.size, options.data_dir))
-    if again and data.fingerprint != options.fingerprint:
+    if not folder:
+        options = agree(partial(resolve, inherit(options) if options.init else options, data))
+    elif data.fingerprint != options.fingerprint:
         raise BadInput(f"--resume {folder}: the run was trained on other data than {data.source}; "
                        "give it back what it had, or start a new run")
-    if not again:
-        options = agree(partial(resolve, inherit(options) if options.init else options, data))
-    agree(partial(enough, options, world))
+    if min(options.batch, options.fid_num) < world:
+        raise BadInput(f"--batch and --fid-num must be at least the number of ranks, {world}")
     device, schedule = options.device, evaluate.build_schedule(options)
 
     # The network, its averages, the optimizer; and their state, where a run goes on.
@@ -605,7 +576,8 @@ def run(options, folder=None, brief=False):
     folder = folder or from_first(partial(new_folder, options, data))
     lock = agree(partial(hold, folder))
     if rank == 0:
-        write_json(f"{folder}/options.json", dataclasses.asdict(options))
+        text = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
+        evaluate.whole(f"{folder}/options.json", lambda file: file.write(text.encode()))
     describe(options, data, denoiser, folder, first)
 
     # What a step needs.
@@ -651,9 +623,8 @@ def run(options, folder=None, brief=False):
             scaler.update()
             optimizer.zero_grad()
             for length, average in emas.items():
-                share_new = 1 - ema_beta(float(length), options, step + 1)
                 torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()),
-                                     share_new)
+                                     1 - ema_beta(float(length), options, step + 1))
             if beta and step % 25 == 0:
                 update_beta(options, denoiser, batch, weight, beta, step)
             log.step(step + 1, losses, norm, batch.sigma)
@@ -700,12 +671,6 @@ def run(options, folder=None, brief=False):
     return folder
 
 
-def enough(options, world):
-    """BadInput where a rank would have nothing to do."""
-    if min(options.batch, options.fid_num) < world:
-        raise BadInput(f"--batch and --fid-num must be at least the number of ranks, {world}")
-
-
 def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
     """Loads a run's newest checkpoint, or --init's weights, into these; (step, skipped, best)."""
     if folder and evaluate.checkpoints(folder):
@@ -714,7 +679,8 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
         for length, average in emas.items():
             evaluate.load_weights(average, state["ema"].get(length), folder)
         attempt(f"the optimizer's state of {folder}", "move its newest checkpoint away",
-                load_optimizer, optimizer, scaler, state)
+                optimizer.load_state_dict, state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         if beta:
             beta.sums = state["beta"].to(options.device)
         reported = os.path.exists(f"{folder}/samples-{options.steps:07d}.png")
@@ -726,14 +692,6 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
         for network in (denoiser, *emas.values()):       # a head keeps its own fresh weights
             evaluate.load_weights(network, network.state_dict() | weights, options.init)
     return 0, [0, 0], math.inf
-
-
-def load_optimizer(optimizer, scaler, state):
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    for p, own in optimizer.state.items():       # its kernels would read beyond a small tensor
-        if any(value.ndim and value.shape != p.shape for value in own.values()):
-            raise ValueError("it is of another network")
 
 
 def on_device(data, device):
@@ -748,13 +706,14 @@ def on_device(data, device):
 def choose_threads(denoiser, options):
     """Takes one thread where several are slower: for small networks, and where other programs use
     the cores, so that the threads wait for each other."""
-    x, seconds = torch.ones(options.batch, *options.shape), {}
+    x = torch.ones(options.batch, *options.shape)
+    sigma, seconds = torch.ones(len(x), *[1] * len(options.shape)), {}
     for threads in (torch.get_num_threads(), 1):
         torch.set_num_threads(threads)
-        for call in range(6):
-            if call == 1:                                 # the first call prepares its kernels
-                start = time.time()
-            denoiser(x, torch.ones(len(x), *[1] * len(options.shape)))
+        denoiser(x, sigma)                                # the first call prepares its kernels
+        start = time.time()
+        for _ in range(5):
+            denoiser(x, sigma)
         seconds[threads] = time.time() - start
     best = min(seconds, key=seconds.get)
     torch.set_num_threads(best)
@@ -782,11 +741,10 @@ def new_folder(options, data):
         attempt(options.out, "choose another --out", os.makedirs, options.out, exist_ok=True)
         return options.out
     os.makedirs("runs", exist_ok=True)
-    number = max([int(name[:3]) for name in os.listdir("runs") if name[:3].isdigit()], default=-1)
-    while True:                                  # two starts at once get two folders
-        number += 1
+    taken = [int(name[:3]) for name in os.listdir("runs") if name[:3].isdigit()]
+    for number in itertools.count(max(taken, default=-1) + 1):
         out = f"runs/{number:03d}-{data.name}-{loss}-{options.schedule}"
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):       # two starts at once get two folders
             os.mkdir(out)
             return out
 
@@ -809,10 +767,6 @@ def newest_run():
     if not found:
         raise BadInput("there is no run under runs/ to resume; start one, or name its folder")
     return str(max(found, key=os.path.getmtime).parent)
-
-
-def write_json(path, value):
-    evaluate.whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def save(folder, options, improved, state):
@@ -843,20 +797,18 @@ class Log:
     """log.jsonl, a line for each step, and the status line.
 
     Losses wait on the device until a status line is due, for reading them out makes the host wait.
-    Every rank reads the same numbers after the same steps, and stops after ten steps in a row that
-    had to be skipped.
-    skipped: how many steps were skipped, and how many of them in a row up to now.
+    skipped: how many steps were skipped, and how many in a row up to now.  Every rank reads the
+    same numbers after the same steps, so that ten skipped steps in a row stop all ranks.
     """
 
     def __init__(self, folder, options, step, skipped):
-        self.options, self.waiting, self.skipped = options, [], list(skipped)
-        self.folder, self.mean, self.begin, self.warned = folder, None, step, False
+        self.folder, self.options, self.begin, self.skipped = folder, options, step, list(skipped)
+        self.waiting, self.mean = [], None
         self.path = f"{folder}/log.jsonl" if ranks()[0] == 0 else os.devnull
         self.told = Progress("step", options.steps, begin=step)
         self.start = self.last = time.time()
         kept = attempt(self.path, "mend it, or move it away", self.lines_up_to, step)
-        with open(self.path, "w") as file:
-            file.writelines(kept)
+        Path(self.path).write_text("".join(kept))
 
     def lines_up_to(self, step):
         """The log's lines up to a checkpoint: a killed run may have logged more steps."""
@@ -898,13 +850,12 @@ class Log:
         self.waiting, self.last = [], time.time()
         pace = (self.last - self.start) / (step - self.begin)
         days = pace * (self.options.steps - step) / 86_400
-        if days > 1 and not self.warned:
-            self.warned = True
+        if days > 1 and step == self.begin + 10:
             print(f"warning   the run takes {days:.0f} more days at this rate; stop it with "
                   "Ctrl-C, and choose fewer --steps, a smaller --arch or --width, or a GPU",
                   flush=True)
         self.told(step, f", loss {self.mean or math.nan:.4f}, {self.options.batch / pace:.0f} "
-                  "samples/s" + (f", {self.skipped[0]} skipped" if self.skipped[0] else ""))
+                  f"samples/s, {self.skipped[0]} skipped")
 
     def write(self, step, **values):
         """A line of its own, after those of the steps that wait."""
@@ -938,28 +889,23 @@ class Signals:
 
 def describe(options, data, denoiser, folder, first):
     """What is going to be trained, on what, and what may be wrong with it, on the terminal."""
-    rank, world = ranks()
-    size, images = sum(p.numel() for p in denoiser.parameters()), options.steps * options.batch
-    many = f" x {world}" if world > 1 else ""
-    print(f"data      {data.source}\nnetwork   {options.arch}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {options.loss}, schedule {options.schedule}, {options.steps} steps of "
-          f"{options.batch}, on {options.device}{many}\n"
-          f"run       {folder}" + (f", from step {first}" if first else ""), flush=True)
+    world, size = ranks()[1], sum(p.numel() for p in denoiser.parameters())
     copies = dict(antithetic=2, sa=options.K, taylor=2).get(options.loss, 1)
     at_once = min(options.micro_batch or options.batch, math.ceil(options.batch / world))
     gib = copies * at_once * activation_bytes(options) / 2 ** 30
-    print(f"memory    about {gib:.2g} GiB for the activations of {at_once} samples at a time "
-          "(--micro-batch)")
+    print(f"data      {data.source}\n"
+          f"network   {options.arch}, {size / 1e6:.2f} M parameters\n"
+          f"loss      {options.loss}, schedule {options.schedule}, {options.steps} steps of "
+          f"{options.batch}, on {options.device} x {world}\n"
+          f"run       {folder}, from step {first}\n"
+          f"memory    about {gib:.2g} GiB for the activations of {at_once} samples at a time "
+          "(--micro-batch)", flush=True)
     rows = torch.linspace(0, len(data.x) - 1, min(len(data.x), 4096)).long()
     deviation = evaluate.take(data, rows)[0].std().item()
     if not 0.1 < deviation < 2:
         print(f"warning   the data's standard deviation is {deviation:.3g}, and the noise levels "
               f"are made for 0.5: divide the data by {2 * deviation:.3g}, or set sigma_max in "
               f"schedules.py to about {160 * deviation:.3g}")
-    if max(options.ema) > images:
-        print(f"warning   --ema {max(options.ema)} is longer than the {images} images of this run; "
-              f"--ema-rampup {options.ema_rampup} keeps the half-life below "
-              f"{options.ema_rampup * images:g}")
 
 
 def activation_bytes(options):
@@ -968,18 +914,15 @@ def activation_bytes(options):
     Such a network without data (on torch's device "meta") tells which tensors autograd saves.
     """
     with torch.device("meta"):
-        network = evaluate.build_denoiser(options)
+        network, x = evaluate.build_denoiser(options), torch.empty(1, *options.shape)
+        sigma = torch.ones(1, *[1] * len(options.shape))
     own, sizes = {p.untyped_storage()._cdata for p in network.parameters()}, {}
 
-    def pack(x):
+    def note(x):
         sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
-
-    def unpack(x):
-        return x
-    x = torch.empty(1, *options.shape, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        network(x, torch.ones(1, *[1] * len(options.shape), device="meta"))
+    with torch.autograd.graph.saved_tensors_hooks(note, note):
+        network(x, sigma)
     half = 0.8 if options.amp in ("bf16", "fp16") else 1      # GroupNorm keeps float32
     return half * sum(size for key, size in sizes.items() if key not in own)
 
@@ -1000,12 +943,11 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     table = evaluate.noise_table(ema, options, data)
     print(f"\n{options.steps - log.begin} steps in {seconds / 60:.1f} minutes\n")
     evaluate.print_levels(table, options)
-    space = "pixel space" if data.x.ndim == 4 else "the points' space"
+    kind, space = ("images", "pixels") if data.x.ndim == 4 else ("points", "coordinates")
     print(f"\nFrechet distance to the data in {space}, smaller is better:\n"
           f"{distance:10.4g}  {count} samples (averaged weights, Heun, "
           f"{2 * options.sample_steps - 1} network calls each)\n"
-          f"{real['floor']:10.4g}  {count} real {'images' if data.x.ndim == 4 else 'points'}, the "
-          "floor\n")
+          f"{real['floor']:10.4g}  {count} real {kind}, the floor\n")
     log.write(options.steps, report=dict(frechet_pixels=distance, floor=real["floor"], count=count,
                                          loss_by_sigma=table))
     evaluate.draw_levels(f"{folder}/where-stf-acts.png", table, f"{folder}: where STF acts")
@@ -1042,10 +984,11 @@ def agree(call):
         error = f"train.py: {bad}"
     errors = [None] * world
     dist.all_gather_object(errors, error)
-    if any(errors):
-        if rank == errors.index(next(filter(None, errors))):
-            print(error, file=sys.stderr)
-        sys.exit(2)
+    for first, sentence in enumerate(errors):
+        if sentence:
+            if rank == first:
+                print(sentence, file=sys.stderr)
+            sys.exit(2)
     return result
 
 
@@ -1119,7 +1062,7 @@ def main(argv=None):
         start_ranks()
         with open(os.devnull, "w") as silence, \
                 contextlib.redirect_stdout(silence if ranks()[0] else sys.stdout):
-            given = vars(agree(lambda: parser().parse_args(argv)))
+            given = vars(agree(partial(parser().parse_args, argv)))
             preset, again = given.pop("preset", None), given.pop("resume", None)
             if preset == "list":
                 for name, own in PRESETS.items():

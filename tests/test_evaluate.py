@@ -560,3 +560,12 @@ def test_tf32_is_off_while_features_are_computed_and_back_afterwards(small):
     assert after == [True, True]
     assert features.dtype == torch.float64 and features.tolist() == [[7.0] * 3] * 2
     assert p.shape == (2, 5) and p.sum(1).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 5], [0.0, 1.0, 0.0, 1.0], [-1, 0, 0, 0]],
+                         ids=str)
+def test_labels_that_do_not_fit_the_seeds_or_the_classes_are_refused(labels):
+    options = SimpleNamespace(shape=(2,), classes=("a", "b", "c"), device="cpu", schedule="vp",
+                              label_dropout=0)
+    with pytest.raises(BadInput, match="labels must be 4 whole numbers"):
+        evaluate.generate(None, options, range(4), labels=labels)
