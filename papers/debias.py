@@ -51,7 +51,7 @@ def weights(args):
     And the share of each weight that the levels up to t carry.  A second.
     """
     on_eps = {name: WEIGHTS[name](LEVELS) * LEVELS ** 2 for name in NAMES}
-    on_eps["bound, printed"], on_eps["bound"] = bound_weights(LEVELS)
+    on_eps["bound, as printed"], on_eps["bound, corrected"] = bound_weights(LEVELS)
     shares = {f"share: {name}": w.cumsum(0) / w.sum() for name, w in on_eps.items()}
     rows = torch.stack([LEVELS, *on_eps.values(), *shares.values()], 1).tolist()
     plot.show(

@@ -10,6 +10,7 @@ a GPU makes the paper's own table.
 
 import csv
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -27,6 +28,11 @@ from evaluate import BadInput, Progress
 from losses import stf_target
 
 RESULTS = str(Path(__file__).parent / "results")
+HELP = {"seed": "the first seed", "seeds": "number of seeds", "out": "folder of the results",
+        "n": "numbers of references", "num": "number of samples or of images",
+        "run": "a folder that train.py made", "runs": "folders that train.py made",
+        "T": "numbers of sampling steps", "N": "numbers of time steps", "levels": "noise levels",
+        "pc": "steps of PC", "ddim": "steps of DDIM", "heun": "steps of Heun's method"}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -42,7 +48,7 @@ def main(paper, commands, argv=None):
     known = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, arguments) in commands.items():
         command = known.add_parser(name, help=function.__doc__.split("\n")[0],
-                                   description=function.__doc__)
+                                   description=inspect.cleandoc(function.__doc__))
         for argument, default in (arguments | dict(seed=0, out=RESULTS)).items():
             add_argument(command, argument, default)
     try:
@@ -64,8 +70,11 @@ def add_argument(command, name, default):
     several = isinstance(default, (list, tuple))
     example = default[0] if several and default else "" if several or default is None else default
     shown = " ".join(map(str, default)) if several else default
+    if name in ("run", "runs"):
+        shown = "the command's own, which it trains"
+    text = f"{HELP.get(name, name)} (default: {shown})"
     command.add_argument(f"--{name}", type=type(example), nargs="+" if several else None,
-                         default=default, metavar=name[0].upper(), help=f"default: {shown}")
+                         default=default, metavar=name[0].upper(), help=text)
 
 
 def progress(what, items):

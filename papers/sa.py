@@ -207,8 +207,8 @@ def tau(args):
         columns[f"SA-{K}, {noises}"] = factor.tolist()
     plot.show(args, list(columns), list(zip(*columns.values())),
               [dict(y=["tau"], ylabel="tau of Theorem 1"),
-               dict(y=list(columns)[3:], ylabel="noise predicted, of what should be",
-                    yscale="linear", xscale="linear")],
+               dict(y=list(columns)[3:], yscale="linear",
+                    ylabel="noise predicted over the best prediction (1: unbiased)")],
               "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)",
               xlabel="time step t")
 

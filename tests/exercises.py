@@ -43,7 +43,7 @@ BUGS = [
          row (a) weighs 1 whatever its logit; at the ends of sigma, (b) and (d), all rows
          weigh the same, or one weighs all and is here still the right one. Limits do not see a
          wrong factor: test in between."""),
-    dict(file=samplers, name="edm_stochastic", title="the step with churn ends as Heun's own does",
+    dict(file=samplers, name="edm_stochastic", title="a step with churn from the wrong noise level",
          old="x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2",
          new="x_next = x + (sigma_next - sigma_cur) * (d + d_next) / 2",
          tests="test_samplers.py", a="test_nfe_is_what_each_docstring_says",
@@ -55,7 +55,7 @@ BUGS = [
          why="""(b) compares every digit, but without churn sigma_hat is sigma_cur; (a) and (c) see
          when denoiser and noise are called, not what comes out. Only (d) has churn and knows the
          result. A test of a special case is blind to what that case switches off."""),
-    dict(file=losses, name="taylor_control", title="a control variate keeps its expectation",
+    dict(file=losses, name="taylor_control", title="a control variate loses the trace of its mean",
          old="dot = dot + sigma * (product(noise) * noise - trace)",
          new="dot = dot + sigma * (product(noise) * noise)",
          tests="test_taylor.py",
@@ -235,7 +235,7 @@ def main(argv=None):
     if not 1 <= args.number <= len(EXERCISES[args.kind]):
         parser.error(f"there is no {args.kind} {args.number}; the list shows what there is")
     if args.letter and (args.answer or args.kind == "change"):
-        parser.error("answer a bug with a letter; --answer alone is the solution")
+        parser.error("answer a bug with a letter; --answer shows the solution of a bug or a change")
     e, command = EXERCISES[args.kind][args.number - 1], f"{args.kind} {args.number}"
     file = e["file"].__name__.replace(".", "/")
     print(f"{command}: {e['title']}\n\n{file}.py, {e['name']}:\n  - {e['old']}\n  + {e['new']}\n")
@@ -243,8 +243,9 @@ def main(argv=None):
     print("\n" + textwrap.fill(" ".join(say(e, args.letter, args.answer).split()), 88))
     if args.answer or args.letter and args.letter == e["fails"]:
         return
-    letters = "a, b, c, d or " if args.kind == "bug" else ""
-    print(f"\nYour answer:  python tests/exercises.py {command}, then {letters}--answer")
+    if args.kind == "bug":
+        print(f"\nYour answer:   python tests/exercises.py {command}, then a, b, c or d")
+    print(f"\nThe solution:  python tests/exercises.py {command} --answer")
 
 
 if __name__ == "__main__":

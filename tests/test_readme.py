@@ -107,12 +107,13 @@ def test_the_diff_adds_a_sampler_of_second_order_with_one_call_a_step(tmp_path):
     for file, hunks in re.findall(r"^--- a/(\w+\.py)\n\+\+\+ b/\1\n(.*?)(?=^--- a/|^```)",
                                   README, re.DOTALL | re.MULTILINE):
         text = (ROOT / file).read_text()
-        for hunk in hunks.split("@@\n")[1:]:
+        for hunk in re.split(r"^@@.*\n", hunks, flags=re.MULTILINE)[1:]:
             lines = hunk.splitlines(keepends=True)
             before = "".join(line[1:] for line in lines if line[0] in " -")
             after = "".join(line[1:] for line in lines if line[0] in " +")
-            assert text.count(before) == 1, before
-            text = text.replace(before, after)
+            if after not in text:                            # a reader may have applied it
+                assert text.count(before) == 1, before
+                text = text.replace(before, after)
         (tmp_path / file).write_text(text)
     for file in ("schedules.py", "networks.py", "losses.py"):
         (tmp_path / file).write_text((ROOT / file).read_text())
