@@ -187,6 +187,11 @@ def stf_loss(denoise, x0, noise, sigma, weight, target):
     return (weight(sigma) * (denoise(x, sigma) - target) ** 2).flatten(1).mean(1)  # (B,)
 
 
+# The losses that train.py calls alike, by --loss.
+LOSSES = {"dsm": dsm_loss, "antithetic": antithetic_loss}     # (denoise, x0, noise, sigma, weight)
+STABLE_LOSSES = {"stf": stf_loss}                             # and target(x, sigma), STF's
+
+
 # ---- Sequence-aware loss -------------------------------------------------------------------------
 # K consecutive levels t, t-1, ... of a ladder sigma_1 < ... < sigma_T; row 0 of every (K, B, ...)
 # tensor is t.

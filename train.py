@@ -12,6 +12,10 @@ A step, as the loop in `run` has it:
 The batch is a pure function of (seed, step): there is no loader and no sampler state.  So a run
 that is killed and resumed takes the same steps as one that is not, ranks and micro-batches only
 share out the rows of a batch, and two losses see the same images and the same noise.
+
+At a first reading, begin at `draw_batch`, then read `objective` and the loop in `run`.  The options
+of the network, of the preconditioning and of the weight act in evaluate.build_denoiser,
+build_precondition and build_weight, which sampling needs, too.
 """
 
 import argparse
@@ -37,9 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 from evaluate import BadInput, Progress, attempt, ranks, total
-from losses import (WEIGHTS, RunningBeta, antithetic_loss, augment, augment_labels,
-                    augmented_stf_target, draw_augmentation, dsm_loss, head_loss, path_noise,
-                    sa_loss, sa_tau, stf_loss, stf_target, taylor_terms)
+from losses import (LOSSES, STABLE_LOSSES, WEIGHTS, RunningBeta, augment, augment_labels,
+                    augmented_stf_target, draw_augmentation, head_loss, path_noise, sa_loss,
+                    sa_tau, stf_target, taylor_terms)
 from networks import UNETS, Denoiser
 from schedules import SCHEDULES
 
@@ -71,7 +75,7 @@ class Options:
     loss: str = option("stf", "score matching with stable targets (stf), with plain targets (dsm), "
                        "on pairs of opposite noises (antithetic), with a Taylor control variate "
                        "(taylor); or sequence-aware (sa)",
-                       choices=("stf", "dsm", "antithetic", "sa", "taylor"))
+                       choices=(*STABLE_LOSSES, *LOSSES, "sa", "taylor"))
     ref_batch: int = option(None, "stf: number of reference rows, the batch among them", 1)
     K: int = option(2, "sa: number of consecutive noise levels", 1, 1000)
     lam: float = option(None, "sa: weight of the term of K errors (default: 0, 1, .3 for K = 1, 2, "
@@ -200,6 +204,7 @@ PRESETS = {
                         attend=(16,), loss="dsm", weight="debias", schedule="ddpm", batch=8,
                         lr=2e-5, warmup=0, steps=500_000, ema=(55_400,), decay=0.0, beta2=0.999,
                         fid_every=50_000, fid_num=10_000)}
+# These options have an effect with one value of another option alone.
 BELONGS = dict(K=("loss", "sa"), lam=("loss", "sa"), tau=("loss", "sa"),
                level_noise=("loss", "sa"), windows=("loss", "sa"), order=("loss", "taylor"),
                P_mean=("schedule", "edm"), P_std=("schedule", "edm"))
@@ -354,9 +359,11 @@ class Batch:
 
 
 def generator(seed, step, stream, device="cpu"):
-    """A generator that is a function of its arguments, with an even seed; samples have odd ones.
+    """A generator that is a function of its arguments.  Streams: 0 rows; 1 noise and probe; 2
+    augmentation; 3 dropout and beta; 4 noise levels and mirroring.
 
-    torch's CPU generator keeps 32 bits of its seed: (seed << 32) + step would forget the seed.
+    Its seeds are even and those of samples odd, so that neither has the other's noise.  torch's CPU
+    generator keeps 32 bits of its seed: (seed << 32) + step would forget the seed.
     """
     number = (seed * 0x9E3779B1 + 8 * step + stream) % 2 ** 31
     return torch.Generator(device).manual_seed(2 * number)
@@ -389,7 +396,7 @@ def draw_batch(pixels, labels, options, schedule, step):
     The references are different rows, but where the batch is larger than the data.  Each of them is
     as likely as any other to be a source: that keeps STF unbiased.
     """
-    B, K, device, stf = options.batch, options.K, options.device, options.loss == "stf"
+    B, K, device, stf = options.batch, options.K, options.device, options.loss in STABLE_LOSSES
     n = options.ref_batch if stf else B
     N = training_count(len(pixels), options.holdout)
     rows = distinct(n, N, generator(options.seed, step, 0))                       # (n,)
@@ -460,12 +467,11 @@ def objective(options, denoiser, batch, weight, precondition, beta):
     denoise, x0, noise, sigma = bind(denoiser, batch), batch.x0, batch.noise, batch.sigma
     if options.head != "none":
         return head_loss(partial(denoise, head=True), x0, noise, sigma, options.head)
-    if options.loss == "dsm":
-        return dsm_loss(denoise, x0, noise, sigma, weight)
-    if options.loss == "antithetic":
-        return antithetic_loss(denoise, x0, noise, sigma, weight)
-    if options.loss == "stf":
-        return stf_loss(denoise, x0, noise, sigma, weight, partial(stable_target, batch))
+    if options.loss in LOSSES:
+        return LOSSES[options.loss](denoise, x0, noise, sigma, weight)
+    if options.loss in STABLE_LOSSES:
+        target = partial(stable_target, batch)
+        return STABLE_LOSSES[options.loss](denoise, x0, noise, sigma, weight, target)
     if options.loss == "sa":
         lam = {1: 0.0, 2: 1.0, 3: 0.3}.get(options.K, 0.2) if options.lam is None else options.lam
         return sa_loss(denoise, x0, noise, sigma, weight, batch.tau, lam)
@@ -666,7 +672,8 @@ def run(options, folder=None, brief=False):
     lock.close()
     torch.set_num_threads(threads)                        # sampling may be faster with more
     if not done:
-        print(f"stopped by a signal; to go on: python train.py --resume {folder}")
+        start = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+        print(f"stopped by a signal; to go on: {start} train.py --resume {folder}")
         sys.exit(128 + stop)
     return folder
 
@@ -685,7 +692,8 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
             beta.sums = state["beta"].to(options.device)
         reported = os.path.exists(f"{folder}/samples-{options.steps:07d}.png")
         if state["step"] > options.steps or (state["step"] == options.steps and reported):
-            raise BadInput(f"{folder} has its {state['step']} steps; give --steps a larger number")
+            raise BadInput(f"{folder} is finished, with {state['step']} steps; to go on, give "
+                           "--steps a larger number")
         return state["step"], state["skipped"], state["best"]
     if options.init:
         weights = evaluate.load_run(options.init, options.device)[0].state_dict()
@@ -814,8 +822,8 @@ class Log:
         """The log's lines up to a checkpoint: a killed run may have logged more steps."""
         lines = Path(self.path).read_text().splitlines() if os.path.isfile(self.path) else []
         found = [(json.loads(line), line) for line in lines if line.endswith("}")]
-        return [line + "\n" for values, line in found
-                if values["step"] <= step and not ("report" in values and values["step"] == step)]
+        return [line + "\n" for values, line in found if values["step"] <= step
+                and not ("report" in values and values["step"] == self.options.steps)]
 
     def step(self, step, losses, norm, sigma):
         """losses (B,), norm (), sigma (B, 1, ..), SA's (K, B, 1, ..), all on the device."""
@@ -941,7 +949,8 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     if ranks()[0] > 0:
         return
     table = evaluate.noise_table(ema, options, data)
-    print(f"\n{options.steps - log.begin} steps in {seconds / 60:.1f} minutes\n")
+    print(f"\n{options.steps - log.begin} steps in {int(seconds) // 60}:{int(seconds) % 60:02d} "
+          "minutes\n")
     evaluate.print_levels(table, options)
     kind, space = ("images", "pixels") if data.x.ndim == 4 else ("points", "coordinates")
     print(f"\nFrechet distance to the data in {space}, smaller is better:\n"
@@ -1023,6 +1032,18 @@ def numbers(text):
     return tuple(int(part) for part in text.split(","))
 
 
+def default_text(field):
+    """An option's default in words, as it is typed; by the kind of data where that decides."""
+    own = {kind: values[field.name] for kind, values in KINDS.items() if field.name in values}
+    if field.default is not None or not own:
+        return str(field.default).lower()
+    if own["images"] == own["images without a GPU"]:
+        del own["images without a GPU"]
+    shown = [f"{kind} {','.join(map(str, v)) if isinstance(v, tuple) else v}"
+             for kind, v in own.items()]
+    return "; ".join(shown)
+
+
 def parser():
     """A parser made from Options: what it leaves out was not given."""
     p = evaluate.Parser(
@@ -1038,12 +1059,9 @@ examples:
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    "with the newest run")
     for name, field in CHOSEN.items():
-        own = {kind: values[name] for kind, values in KINDS.items() if name in values}
-        shown = field.default if field.default is not None or not own else "; ".join(
-            f"{kind} {value}" for kind, value in own.items())
         text = field.metadata["help"]
         if "(default" not in text:
-            text += f" (default: {str(shown).lower()})"
+            text += f" (default: {default_text(field)})"
         how = dict(help=text.replace("%", "%%"))
         if field.type is bool:
             how["action"] = argparse.BooleanOptionalAction
