@@ -265,20 +265,16 @@ def table(args):
         variants[schedule, "dsm"] = given | dict(loss="dsm")
         variants[schedule, "stf"] = given | dict(loss="stf", ref_batch=args.n)
     found, judge = plot.distances(args, variants, draws)
-    rows, titles = [], {schedule: f"{schedule}, calls:" for schedule in args.schedules}
+    rows = []
     for (schedule, sampler), values in found.items():
         calls = values[schedule, "dsm"][2]
-        rows.append([schedule, sampler,
-                     *(calls if own == schedule else None for own in args.schedules),
-                     *plot.cells(values, values), judge.floor])
-        titles[schedule] += f" {sampler} {calls:.0f}"
+        rows.append([schedule, f"{sampler} {calls:.0f}", *plot.cells(values, values), judge.floor])
     plot.show(
-        args, ["schedule", "sampler", *(f"calls, {own}" for own in args.schedules),
-               "DSM", "DSM sd", "STF", "STF sd", "floor"], rows,
-        [dict(x=f"calls, {schedule}", title=title) for schedule, title in titles.items()],
+        args, ["schedule", "sampler", *plot.with_sd(["DSM", "STF"]), "floor"], rows,
+        [dict(where=("schedule", schedule), title=schedule.upper()) for schedule in args.schedules],
         f"Samples after DSM and after STF: {judge.options.data}; mean and sd of {args.seeds} runs",
-        y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), spread=dict(DSM="DSM sd", STF="STF sd"),
-        xscale="linear", xlabel="network calls for a sample", **judge.axes)
+        x="sampler", y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), xscale="linear",
+        xlabel="sampler, and network calls for a sample", **judge.axes)
 
 
 def seconds_a_step(run, repeats=30):

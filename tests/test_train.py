@@ -488,7 +488,8 @@ def test_training_learns_the_data(capsys):
 
 def test_checkpoints_are_plain_and_whole_and_two_of_them_are_kept(capsys):
     assert train.main(words(POINTS | dict(steps=6, checkpoint_every=2, out="run"))) == 0
-    names = {path.name for path in Path("run").iterdir()} - {".lock.part", "where-stf-acts.png"}
+    drawn = {".lock.part", "where-stf-acts.png", "loss.png"}               # by matplotlib
+    names = {path.name for path in Path("run").iterdir()} - drawn
     assert names == {"checkpoint-0000004.pt", "checkpoint-0000006.pt", "log.jsonl", "options.json",
                      "samples-0000006.png"}
     state = torch.load("run/checkpoint-0000006.pt", weights_only=True)
