@@ -160,8 +160,7 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
     It goes from t[0] to the last t_i > 0 in steps of its own; the t_i between do not matter.  The
     first h makes h |dx/dt| 1 % of |x|, both in that norm, but is at least 1e-6 of the whole way
     and at most all of it.  Then comes Euler's step to 0, whose slope is known already; pass t[:-1]
-    to stop before it.  r and h are each sample's own: a sample does not depend on its batch, and a
-    sample that is done is no longer computed.
+    to stop before it.  Each sample has its own r and h, and so does not depend on its batch.
     denoise gets x (b, ...), sigma (b, 1, ..., 1) and the same b rows of each tensor in labels.
     x (B, ...), t (N + 1,) -> x (B, ...), NFE (B,) int64.  Errors: FloatingPointError where x is
     not finite, h below what t can resolve, or max_steps too few; it names step, sample, t, sigma.
