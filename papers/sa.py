@@ -71,7 +71,7 @@ def table(args):
     Frechet distances to the data, mean and standard deviation over seeds; less is better.  The
     samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
     NPR-DPM's, whose second heads are trained afterwards in --head steps.  The paper: SA-K is better
-    in all of them, most of all in few steps.  30 minutes.
+    in all of them, most of all in few steps.  20 minutes on two cores.
     """
     def draws(name, folder):
         for sampler in args.samplers:
