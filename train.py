@@ -66,8 +66,8 @@ class Options:
                        "class), .zip, .npz or .npy")
     data_dir: str = option("data", "folder of downloads and caches")
     size: int = option(None, "crop and resize the images to N x N", 1)
-    holdout: int = option(None, "keep every N-th row to measure the error on; 0: none; built-in "
-                          "sets draw new rows instead", 0)
+    holdout: int = option(None, "hold out every N-th row, to measure the error on; 0: none; "
+                          "built-in sets draw new rows instead", 0)
     cond: bool = option(None, "tell the network the class of each image")
     xflip: bool = option(False, "mirror each image with probability 1/2")
     augment: float = option(0.0, "probability of each of EDM's geometric transforms", 0, 1)
@@ -90,8 +90,9 @@ class Options:
                           "(down), or of 0 to T+K-1, as in the paper (up); levels outside 1 to T "
                           "are left out", choices=("down", "up"))
     order: int = option(0, "taylor: order of the polynomial around the clean image", 0, 2)
-    head: str = option("none", "train a second output of the network of --init, and nothing else, "
-                       "for evaluate.py sample --variance", choices=("none", "sn", "npr"))
+    head: str = option("none", "add an output to --init's network, for the variance of a sampling "
+                       "step (evaluate.py sample --variance), and train it alone",
+                       choices=("none", "sn", "npr"))
     init: str = option(None, "a run whose averaged weights the run starts from")
     # noise levels, weight, preconditioning
     schedule: str = option(None, "noise levels to train on", choices=tuple(SCHEDULES))
@@ -111,15 +112,17 @@ class Options:
     blocks: int = option(None, "blocks at each level (default: as the arch has it)", 1, 64)
     attend: tuple = option(None, "image sizes at which there is attention, as in 16,8 (default: as "
                            "the arch has it)", 1, 4096)
-    dropout: float = option(0.0, "share of activations that are dropped in training", 0, 1)
-    label_dropout: float = option(0.0, "share of labels hidden, for evaluate.py's --guidance", 0, 1)
+    dropout: float = option(0.0, "share of activations that are dropped in training", 0, 0.99)
+    label_dropout: float = option(0.0, "share of labels hidden in training, for evaluate.py sample "
+                                  "--guidance", 0, 0.99)
     # optimisation
     steps: int = option(None, "number of training steps", 1)
     batch: int = option(None, "samples in a step, over all ranks", 1, 65_536)
     lr: float = option(None, "learning rate of AdamW", 1e-9, 10)
     warmup: int = option(None, "number of steps over which the learning rate rises", 0)
     decay: float = option(None, "last share of the steps, in which the rate falls to 0", 0, 1)
-    beta2: float = option(None, "AdamW's memory of squared gradients", 0, 0.999999)
+    beta2: float = option(None, "AdamW's beta2, by which it averages squared gradients", 0,
+                          0.999999)
     clip: float = option(1.0, "limit of the gradient's norm", 1e-9)
     ema: tuple = option(None, "half-lives of the averages of the weights, in images, as in "
                         "500000,50000; samples use the first average", 1)
@@ -231,7 +234,8 @@ def check(options):
         if choices and value not in choices:
             raise BadInput(f"{word(name)} {value} is none of {', '.join(choices)}")
         if low is not None and not all(low <= v <= high for v in values):
-            raise BadInput(f"{word(name)} {value} is not within [{low}, {high}]")
+            limits = f"at least {low}" if high == math.inf else f"within [{low}, {high}]"
+            raise BadInput(f"{word(name)} {value} is not {limits}")
 
 
 def resolve(options, data):
@@ -581,9 +585,7 @@ def run(options, folder=None, brief=False):
         real = evaluate.real_statistics(data, options.fid_num, features)
     folder = folder or from_first(partial(new_folder, options, data))
     lock = agree(partial(hold, folder))
-    if rank == 0:
-        text = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
-        evaluate.whole(f"{folder}/options.json", lambda file: file.write(text.encode()))
+    from_first(partial(write_options, folder, options))
     describe(options, data, denoiser, folder, first)
 
     # What a step needs.
@@ -767,6 +769,11 @@ def hold(folder):
         except OSError:
             raise BadInput(f"{folder} is being trained by another process") from None
     return file
+
+
+def write_options(folder, options):
+    text = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
+    evaluate.whole(f"{folder}/options.json", lambda file: file.write(text.encode()))
 
 
 def newest_run():
