@@ -208,7 +208,7 @@ def tau(args):
     plot.show(args, list(columns), list(zip(*columns.values())),
               [dict(y=["tau"], ylabel="tau of Theorem 1"),
                dict(y=list(columns)[3:], yscale="linear",
-                    ylabel="noise predicted over the best prediction (1: unbiased)")],
+                    ylabel="predicted noise/best prediction")],
               "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)",
               xlabel="time step t")
 

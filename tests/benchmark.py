@@ -287,7 +287,8 @@ def large_set_rows(quick):
             batch = draw()
             target = partial(losses.stf_target, batch.x0, batch.sigma, batch.reference)
             mine, other, stf, busy = in_turn(1 if quick else 3, draw, everything, target)
-            yield f"a batch, its 4096 references of {N:,} 64x64 images | randperm", mine, other, busy
+            name = f"a batch, its 4096 references of {N:,} 64x64 images | randperm"
+            yield name, mine, other, busy
             yield "    drawing it, seconds | STF's target for it", mine, stf, busy
 
 
