@@ -955,7 +955,10 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
                 x = torch.nn.functional.adaptive_avg_pool2d(x, 16)
             return x.flatten(1).double(), None
         return kind, extract_pixels
-    path = download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256")
+    try:
+        path = download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256")
+    except BadInput as error:
+        raise BadInput(f"{error}; or choose pixels as features") from None
     network = Inception()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

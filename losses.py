@@ -28,7 +28,7 @@ import torch
 #
 #     w_eps |eps_hat - eps|^2 = lambda |D - x0|^2    w_eps = lambda sigma^2       (DB eq. 6-7)
 #     w_v   |v_hat - v|^2     = lambda |D - x0|^2    w_v   = lambda sigma^2/(1 + sigma^2)
-#     w_F   |F_hat - F|^2     = lambda |D - x0|^2    w_F   = lambda c_out^2
+#     w_F   |F_hat - F|^2     = lambda |D - x0|^2    w_F   = lambda c_out^2      (EDM eq. 8)
 #
 # with SNR = 1/sigma^2.  Published code states w_eps; the docstrings give both.
 

@@ -60,7 +60,7 @@ def option(default, text, low=None, high=math.inf, choices=None):
 class Options:
     """What can be chosen of a run.  None: by the kind of data (see KINDS), or as the help says."""
 
-    # data
+    # data; used in evaluate.load_data and draw_batch
     data: str = option("digits", "digits, two-gaussians, two-gaussians-64d, ring, checkerboard, "
                        "swiss-roll, cifar10 or mnist; or the path of a folder (sub-folder = "
                        "class), .zip, .npz or .npy")
@@ -71,7 +71,7 @@ class Options:
     cond: bool = option(None, "tell the network the class of each image")
     xflip: bool = option(False, "mirror each image with probability 1/2")
     augment: float = option(0.0, "probability of each of EDM's geometric transforms", 0, 1)
-    # objective
+    # objective; used in draw_batch and objective
     loss: str = option("stf", "score matching with stable targets (stf), with plain targets (dsm), "
                        "on pairs of opposite noises (antithetic), with a Taylor control variate "
                        "(taylor); or sequence-aware (sa)",
@@ -94,7 +94,7 @@ class Options:
                        "step (evaluate.py sample --variance), and train it alone",
                        choices=("none", "sn", "npr"))
     init: str = option(None, "a run whose averaged weights the run starts from")
-    # noise levels, weight, preconditioning
+    # noise levels, weight, preconditioning; used in evaluate.build_schedule, build_weight, ...
     schedule: str = option(None, "noise levels to train on", choices=tuple(SCHEDULES))
     P_mean: float = option(None, "edm: mean of ln sigma in training", -10, 10)
     P_std: float = option(None, "edm: standard deviation of ln sigma in training", 0.01, 10)
@@ -103,7 +103,7 @@ class Options:
     precondition: str = option("schedule", "scaling around the network: a schedule's (schedule: "
                                "the run's own), or that of a network that predicts eps, x0 or v",
                                choices=("schedule", *SCHEDULES, "eps", "x0", "v"))
-    # network
+    # network; used in evaluate.build_denoiser
     arch: str = option(None, "mlp for points; unet, a small one; ddpmpp, ncsnpp or adm, as "
                        "published with EDM", choices=("mlp", *UNETS))
     width: int = option(None, "channels at the first level (default: as the arch has it)", 4, 4096)
@@ -115,7 +115,7 @@ class Options:
     dropout: float = option(0.0, "share of activations that are dropped in training", 0, 0.99)
     label_dropout: float = option(0.0, "share of labels hidden in training, for evaluate.py sample "
                                   "--guidance", 0, 0.99)
-    # optimisation
+    # optimisation; used in run, learning_rate and ema_beta
     steps: int = option(None, "number of training steps", 1)
     batch: int = option(None, "samples in a step, over all ranks", 1, 65_536)
     lr: float = option(None, "learning rate of AdamW", 1e-9, 10)
@@ -127,7 +127,7 @@ class Options:
     ema: tuple = option(None, "half-lives of the averages of the weights, in images, as in "
                         "500000,50000; samples use the first average", 1)
     ema_rampup: float = option(0.05, "a half-life is at most this share of the images seen", 0, 1)
-    # machine
+    # machine; used in run
     amp: str = option("auto", "number type inside the network; auto: bf16 on a GPU that has it, "
                       "else none", choices=("auto", "none", "bf16", "fp16"))
     compile: bool = option(False, "compile the network with torch.compile")
@@ -135,7 +135,7 @@ class Options:
     seed: int = option(0, "seed of weights, batches and noise", 0, 2 ** 31 - 1)
     device: str = option(None, "cpu or cuda (default: cuda where there is one)")
     out: str = option(None, "folder of the run (default: runs/NUMBER-DATA-LOSS-SCHEDULE)")
-    # what is watched and kept
+    # what is watched and kept; used at the end of a step in run, and in report
     eval_every: int = option(None, "steps between errors at each noise level; 0: none", 0)
     fid_every: int = option(0, "steps between distances, by which best.pt is kept; 0: none", 0)
     fid_num: int = option(None, "samples drawn for each distance to the data", 2)

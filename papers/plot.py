@@ -254,9 +254,10 @@ def draw(path, columns, rows, panels, title, **shared):
         ax = page.add_subplot(high, wide, i + 1)
         axes(ax, columns, rows, shared | panel)
         if ax.get_yscale() == "log":                                           # 20, not 2 x 10^1
-            plain = partial(ticker.LogFormatter, minor_thresholds=(2, 0.5))
-            ax.yaxis.set_major_formatter(plain())
-            ax.yaxis.set_minor_formatter(plain())
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+            low, high = ax.get_ylim()
+            ax.yaxis.set_minor_formatter("{x:g}" if high < 100 * low else "")
     page.suptitle(title)
     page.tight_layout()
     page.savefig(path, dpi=90)
