@@ -256,8 +256,8 @@ def draw(path, columns, rows, panels, title, **shared):
         if ax.get_yscale() == "log":                                           # 20, not 2 x 10^1
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-            low, high = ax.get_ylim()
-            ax.yaxis.set_minor_formatter("{x:g}" if high < 100 * low else "")
+            bottom, top = ax.get_ylim()
+            ax.yaxis.set_minor_formatter("{x:g}" if top < 100 * bottom else "")
     page.suptitle(title)
     page.tight_layout()
     page.savefig(path, dpi=90)
