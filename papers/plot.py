@@ -221,11 +221,11 @@ def show(args, columns, rows, panels, title, **shared):
     axes, see `axes`; shared: what holds for all of them.  title: what is compared, on which data.
     """
     print(f"\n{title}\n")
-    width = [max(11, len(name) + 2) for name in columns]
-    print("".join(f"{name:>{w}}" for name, w in zip(columns, width)))
     step = math.ceil(len(rows) / 30)
-    for row in [*rows[:-1:step], rows[-1]]:
-        print("".join(f"{text(cell, 4):>{w}}" for cell, w in zip(row, width)))
+    table = [columns] + [[text(cell, 4) for cell in row] for row in [*rows[:-1:step], rows[-1]]]
+    width = [max(11, 2 + max(map(len, column))) for column in zip(*table)]
+    for row in table:
+        print("".join(f"{cell:>{w}}" for cell, w in zip(row, width)))
     if "floor" in shared:
         print(f"\nas many real samples: {shared['floor']:.4g}")
     path = f"{args.out}/{args.paper}-{args.command}"
