@@ -253,11 +253,11 @@ def draw(path, columns, rows, panels, title, **shared):
     for i, panel in enumerate(panels):
         ax = page.add_subplot(high, wide, i + 1)
         axes(ax, columns, rows, shared | panel)
-        if ax.get_yscale() == "log":                                           # 20, not 2 x 10^1
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-            bottom, top = ax.get_ylim()
-            ax.yaxis.set_minor_formatter("{x:g}" if top < 100 * bottom else "")
+        for axis, limits in (ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim()):
+            if axis.get_scale() == "log":                                      # 20, not 2 x 10^1
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+                axis.set_minor_formatter("{x:g}" if max(limits) < 100 * min(limits) else "")
     page.suptitle(title)
     page.tight_layout()
     page.savefig(path, dpi=90)
@@ -268,7 +268,8 @@ def axes(ax, columns, rows, panel):
     """One set of axes.  panel: y, columns, as a list or {column: label}; where wanted x (a column;
     else the first), where (a column and its value in the rows of this panel), by (a column: a curve
     for each of its values), spread ({column: that of its standard deviations}, if not "sd COLUMN"),
-    floor (a number: what real data get), legend (True), marker, and what matplotlib's `set` has."""
+    floor (a number: what real data get), legend (if not just for several curves), marker, and what
+    matplotlib's `set` has."""
     panel = dict(x=columns[0], xscale="log", yscale="log") | panel
     names = panel["y"] if isinstance(panel["y"], dict) else {name: name for name in panel["y"]}
     rows = [dict(zip(columns, row)) for row in rows]
@@ -295,7 +296,7 @@ def axes(ax, columns, rows, panel):
     known = "xlabel", "ylabel", "title", "xlim", "ylim"
     ax.set(**{name: panel[name] for name in known if name in panel})
     ax.grid(alpha=0.3)
-    if panel.get("legend", True):
+    if panel.get("legend", len(curves) + ("floor" in panel) > 1):
         beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(curves) > 6 else {}
         ax.legend(fontsize=8, **beside)
 

@@ -207,7 +207,7 @@ def tau(args):
         columns[f"SA-{K}, {noises}"] = factor.tolist()
     plot.show(args, list(columns), list(zip(*columns.values())),
               [dict(y=["tau"], ylabel="tau of Theorem 1"),
-               dict(y=list(columns)[3:], yscale="linear",
+               dict(y=list(columns)[3:], yscale="linear", ylim=(0.6, 1.02),
                     ylabel="predicted noise/best prediction")],
               "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)",
               xlabel="time step t")
