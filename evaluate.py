@@ -1135,7 +1135,8 @@ def noise_table(denoise, options, data, count=128):
 def print_levels(table, options):
     """noise_table on the terminal, with a bar for the share of the loss that is noise."""
     same = "of its class" if options.classes else ""
-    print("losses by noise level, weighted as in training\n\n"
+    print("losses by noise level, weighted as in training; the mean is that of x0 given "
+          f"{max(options.ref_batch, 128):,} references\n\n"
           f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   at least this share\n"
           f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   of DSM's loss is "
           f"noise\n{same:>44}")
@@ -1148,7 +1149,7 @@ def print_levels(table, options):
 def draw_levels(path, table, title):
     """noise_table as a PNG, where matplotlib is installed: where STF acts."""
     try:
-        from matplotlib import figure
+        from matplotlib import figure, ticker
     except ImportError:
         print("(with matplotlib installed, a picture of this table would be drawn)")
         return
@@ -1156,11 +1157,15 @@ def draw_levels(path, table, title):
     page = figure.Figure(figsize=(9, 3.6), layout="tight")
     left, right = page.subplots(1, 2)
     left.loglog(sigma, dsm, label="DSM: against x0")
-    left.loglog(sigma, stf, "--", label="STF: against x0's posterior mean")
+    left.loglog(sigma, stf, "--", label="STF: against x0's mean given the references")
     left.set(xlabel="noise level sigma", ylabel="weighted loss of one network")
+    left.yaxis.set_major_formatter("{x:g}")                                     # .2, not 2 x 10^-1
+    left.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+    left.yaxis.set_minor_formatter("{x:g}")
     left.legend(fontsize=8)
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
-    right.set(xlabel="noise level sigma", ylabel="share of DSM's loss that is noise", ylim=(0, 1))
+    right.set(xlabel="noise level sigma", ylim=(0, 1),
+              ylabel="share of DSM's loss that is noise, at least")
     page.suptitle(title)
     page.savefig(path, dpi=100)
 

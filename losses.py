@@ -66,6 +66,11 @@ def debias_weight(sigma):
 def edm_weight(sigma, sigma_data=0.5):
     """lambda = (sigma^2 + sigma_data^2)/(sigma sigma_data)^2 (EDM Table 1): w_F = 1.
 
+    For D = c_skip x + c_out F(c_in x; c_noise), dsm_loss is EDM eq. 8,
+
+        lambda |D - x0|^2 = lambda c_out^2 |F - (x0 - c_skip x)/c_out|^2
+
+    and this weight makes lambda c_out^2 = 1 with EDM's c_out.
     Needs: nothing.
     """
     return (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
@@ -240,7 +245,7 @@ def path_noise(noise, sigma):
 
 
 def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
-    """Sequence-aware loss: L_simple + lam |1/K sum_s tau_s (eps_hat_s - eps_s)|^2  (SA sec. 3.2).
+    """Sequence-aware loss: L_simple + lam |1/K sum_s tau_s (eps_hat_s - eps_s)|^2   (SA Alg. 2).
 
     L_simple is dsm_loss at the first of the K levels; all K go through the network in one call.
     Published: lam 1, .3, .2 for K = 2, 3, 4, and an independent noise at each level.  Those noises
@@ -258,7 +263,7 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 # ---- Taylor control variates ---------------------------------------------------------------------
 # A control variate is a function of (x0, noise) whose mean over the noise is known to be 0, and
 # which rises and falls with the loss.  Subtracting it keeps the mean of the loss and of its
-# gradient, and takes variance away.  With D = c_skip x + c_out F, the loss is
+# gradient, and takes variance away (TCV Theorem 3.1).  With D = c_skip x + c_out F, the loss is
 #
 #     lambda |D - x0|^2 = lambda c_out^2 |F - t|^2,    F's target t = a x0 - b noise,
 #     a = (1 - c_skip)/c_out,  b = c_skip sigma/c_out

@@ -543,6 +543,64 @@ def ema_beta(half_life, options, step):
     return 0.5 ** (options.batch / max(h, 1e-8))
 
 
+# ---- Ranks ---------------------------------------------------------------------------------------
+# torchrun starts one process for each GPU, or several on CPUs; without it there is one, rank 0.
+
+NEVER_FREED = []    # freeing DDP hangs, if a thread of gloo waits just then to free a tensor
+
+
+def start_ranks():
+    """Joins torchrun's process group, if there is one."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def agree(call):
+    """call() on every rank.  BadInput on one of them ends all; the first of these says why."""
+    (rank, world), result, error = ranks(), None, None
+    if world == 1:
+        return call()
+    try:
+        result = call()
+    except BadInput as bad:
+        error = f"train.py: {bad}"
+    errors = [None] * world
+    dist.all_gather_object(errors, error)
+    for first, sentence in enumerate(errors):
+        if sentence:
+            if rank == first:
+                print(sentence, file=sys.stderr)
+            sys.exit(2)
+    return result
+
+
+def in_turn(load):
+    """load() on every rank: the first of each machine downloads and decodes, then the others."""
+    result, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
+    for turn in (True, False):
+        result = agree(load if first == turn else lambda: result)
+    return result
+
+
+def highest(*numbers):
+    """The largest of each of these whole numbers over the ranks.  Hosts talk; no GPU waits."""
+    largest = torch.tensor([int(number) for number in numbers])
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def from_first(call):
+    """Rank 0's call(), told to all ranks."""
+    told = [agree(call if ranks()[0] == 0 else lambda: None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
 # ---- A run ---------------------------------------------------------------------------------------
 
 def run(options, folder=None, brief=False):
@@ -870,7 +928,7 @@ class Log:
                   "Ctrl-C, and choose fewer --steps, a smaller --arch or --width, or a GPU",
                   flush=True)
         self.told(step, f", loss {self.mean or math.nan:.4f}, {self.options.batch / pace:.0f} "
-                  f"samples/s, {self.skipped[0]} skipped")
+                  f"samples/s, {self.skipped[0]} steps skipped")
 
     def write(self, step, **values):
         """A line of its own, after those of the steps that wait."""
@@ -972,64 +1030,6 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
           f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
           f"next        python evaluate.py sample {folder}")
-
-
-# ---- Ranks ---------------------------------------------------------------------------------------
-# torchrun starts one process for each GPU, or several on CPUs; without it there is one, rank 0.
-
-NEVER_FREED = []    # freeing DDP hangs, if a thread of gloo waits just then to free a tensor
-
-
-def start_ranks():
-    """Joins torchrun's process group, if there is one."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-
-
-def agree(call):
-    """call() on every rank.  BadInput on one of them ends all; the first of these says why."""
-    (rank, world), result, error = ranks(), None, None
-    if world == 1:
-        return call()
-    try:
-        result = call()
-    except BadInput as bad:
-        error = f"train.py: {bad}"
-    errors = [None] * world
-    dist.all_gather_object(errors, error)
-    for first, sentence in enumerate(errors):
-        if sentence:
-            if rank == first:
-                print(sentence, file=sys.stderr)
-            sys.exit(2)
-    return result
-
-
-def in_turn(load):
-    """load() on every rank: the first of each machine downloads and decodes, then the others."""
-    result, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
-    for turn in (True, False):
-        result = agree(load if first == turn else lambda: result)
-    return result
-
-
-def highest(*numbers):
-    """The largest of each of these whole numbers over the ranks.  Hosts talk; no GPU waits."""
-    largest = torch.tensor([int(number) for number in numbers])
-    if dist.is_initialized():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
-
-
-def from_first(call):
-    """Rank 0's call(), told to all ranks."""
-    told = [agree(call if ranks()[0] == 0 else lambda: None)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
 
 
 # ---- Command line --------------------------------------------------------------------------------

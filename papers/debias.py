@@ -57,7 +57,8 @@ def weights(args):
     plot.show(
         args, ["t", "sigma", *on_eps, *shares], [[t, *row] for t, row in enumerate(rows, 1)],
         [dict(y=list(on_eps), ylabel="weight on |eps_hat - eps|^2", legend=False),
-         dict(y=dict(zip(shares, on_eps)), ylabel="share of it up to t", yscale="linear")],
+         dict(y=dict(zip(shares, on_eps)), ylabel="share of the weight at levels up to t",
+              yscale="linear")],
         "Weights of the loss by noise level, on DDPM's ladder of 1000 levels", xlabel="time step t",
         xscale="linear")
 

@@ -125,12 +125,14 @@ def show_variance(args, name, levels, V, D, whole, d):
     middle = levels[[row[-1] == 2 for row in rows]].tolist() or [math.nan]
     plot.show(
         args, [*columns, "phase"], rows,
-        [dict(y=list(forms), ylabel="over its own maximum", ylim=(1e-4, 5), title="DSM's target; "
+        [dict(y={"V of D": "V of targets for D", "V of noise": "V of targets for the noise",
+                 "V of scores": "V of targets for the score", "D(sigma)": "divergence D(sigma)"},
+              ylabel="over its own maximum", ylim=(1e-4, 5), title="DSM's target; "
               f"phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
          dict(y={size: f"STF, {size}" for size in left}, ylabel="V_STF/V_DSM",
               title="variance that n references leave"),
-         dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term", f"n = {n}": "V_STF"},
-              ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
+         dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
+                 f"n = {n}": "V_STF"}, ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
         f"{name}: how much the training target varies, by noise level; {args.num} noisy samples",
         xlabel="noise level sigma")
 
@@ -235,8 +237,9 @@ def bias(args):
     kinds = [f"{kind} {level:g}" for level in args.levels for kind in ("with", "without")]
     plot.show(
         args, ["n", *kinds], table,
-        [dict(y={f"without {level:g}": "source left out", f"with {level:g}": "source among them: "
-                 "the error of measuring 0"}, title=f"sigma = {level:g}") for level in args.levels],
+        [dict(y={f"without {level:g}": "source left out", f"with {level:g}":
+                 "source among them: 0, but for this error of measuring"},
+              title=f"sigma = {level:g}") for level in args.levels],
         f"{args.data}: bias of STF's target, over the standard deviation of DSM's",
         xlabel="number n of references", ylabel="bias/standard deviation", marker="o")
 
