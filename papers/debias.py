@@ -56,7 +56,7 @@ def weights(args):
     rows = torch.stack([LEVELS, *on_eps.values(), *shares.values()], 1).tolist()
     plot.show(
         args, ["t", "sigma", *on_eps, *shares], [[t, *row] for t, row in enumerate(rows, 1)],
-        [dict(y=list(on_eps), ylabel="weight on |eps_hat - eps|^2", legend=False),
+        [dict(y=list(on_eps), ylabel="weight on |eps_hat - eps|^2"),
          dict(y=dict(zip(shares, on_eps)), ylabel="share of the weight at levels up to t",
               yscale="linear")],
         "Weights of the loss by noise level, on DDPM's ladder of 1000 levels", xlabel="time step t",
@@ -187,7 +187,7 @@ def mse(args):
     plot.show(
         args, ["t", "sigma", *denoisers, *ratios], rows,
         [dict(y=list(denoisers), ylabel="|eps_hat - eps|^2/d"),
-         dict(y=ratios, ylabel="the same over that of the input", legend=False)],
+         dict(y=ratios, ylabel="the same over that of the input")],
         f"Error of the predicted noise, by weight of the loss: held-out {options.data}",
         xlabel="time step t", xscale="linear")
 

@@ -258,18 +258,26 @@ def draw(path, columns, rows, panels, title, **shared):
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
                 axis.set_minor_formatter("{x:g}" if max(limits) < 100 * min(limits) else "")
+    for ax, right in zip(page.axes, page.axes[1:]):             # one legend for the same curves
+        if ax.get_legend() and words(ax) == words(right):
+            ax.get_legend().remove()
     page.suptitle(title)
     page.tight_layout()
     page.savefig(path, dpi=90)
     print(path)
 
 
+def words(ax):
+    """The words of the legend that a set of axes would have."""
+    return ax.get_legend_handles_labels()[1]
+
+
 def axes(ax, columns, rows, panel):
     """One set of axes.  panel: y, columns, as a list or {column: label}; where wanted x (a column;
     else the first), where (a column and its value in the rows of this panel), by (a column: a curve
     for each of its values), spread ({column: that of its standard deviations}, if not "sd COLUMN"),
-    floor (a number: what real data get), legend (if not just for several curves), marker, and what
-    matplotlib's `set` has."""
+    floor (a number: what real data get), legend (False: none), marker, and what matplotlib's `set`
+    has."""
     panel = dict(x=columns[0], xscale="log", yscale="log") | panel
     names = panel["y"] if isinstance(panel["y"], dict) else {name: name for name in panel["y"]}
     rows = [dict(zip(columns, row)) for row in rows]
@@ -297,7 +305,7 @@ def axes(ax, columns, rows, panel):
     ax.set(**{name: panel[name] for name in known if name in panel})
     ax.grid(alpha=0.3)
     if panel.get("legend", len(curves) + ("floor" in panel) > 1):
-        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(curves) > 6 else {}
+        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(curves) > 4 else {}
         ax.legend(fontsize=8, **beside)
 
 

@@ -330,7 +330,7 @@ def speed(args):
         [dict(x="step", by="target", xlabel="training steps", xscale="linear", title="over steps"),
          dict(x="seconds", by="target", xlabel="seconds of training", title="over time"),
          dict(where=("step", rows[-1][2]), xlabel="number n of references (1: DSM)", marker="o",
-              title="at the end", legend=False)],
+              title="at the end")],
         f"{given['data']}: held-out error in training by DSM and by STF, {args.seeds} runs each",
         y=["error"], ylabel="held-out error, averaged weights")
 
