@@ -125,10 +125,10 @@ def show_variance(args, name, levels, V, D, whole, d):
     middle = levels[[row[-1] == 2 for row in rows]].tolist() or [math.nan]
     plot.show(
         args, [*columns, "phase"], rows,
-        [dict(y={"V of D": "V of targets for D", "V of noise": "V of targets for the noise",
-                 "V of scores": "V of targets for the score", "D(sigma)": "divergence D(sigma)"},
-              ylabel="over its own maximum", ylim=(1e-4, 5), title="DSM's target; "
-              f"phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
+        [dict(y={"V of D": "target for D", "V of noise": "target for noise", "V of scores":
+                 "target for score", "D(sigma)": "D(sigma)"}, ylim=(1e-4, 5),
+              ylabel="V and D, each over its maximum",
+              title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
          dict(y={size: f"STF, {size}" for size in left}, ylabel="V_STF/V_DSM",
               title="variance that n references leave"),
          dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
