@@ -107,7 +107,8 @@ def total(x):
 IN_MEMORY_BYTES = 4 << 30        # a larger set is decoded once, into a memory-mapped cache file
 POINT_SETS = ("two-gaussians", "two-gaussians-64d", "ring", "checkerboard", "swiss-roll")
 BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+           ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no EPS: it starts Ghostscript
 CIFAR_HOME = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_URLS = (CIFAR_HOME, f"https://web.archive.org/web/2023id_/{CIFAR_HOME}")
@@ -146,7 +147,7 @@ def load_data(name, size=None, data_dir="data", fresh=None):
     path = find_built_in(name, Path(data_dir)) if name in BUILT_IN else Path(name)
     if not name or not os.path.exists(path):       # Path("") would be the current folder
         raise BadInput(f"there is no file, folder or data set {name!r}; "
-                       f"give a path or one of {', '.join(BUILT_IN)}")
+                       f"give --data a path or one of {', '.join(BUILT_IN)}")
     stem = name if name in BUILT_IN else path.resolve().name.split(".")[0]
     short = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:40] or "data"
     file = cifar_folder(path) or find_idx(path) or path
@@ -311,9 +312,15 @@ def members(path):
         archive = zipfile.ZipFile(path)
         names, content = archive.namelist(), archive.read
     parts = {name: name.replace("\\", "/").split("/") for name in sorted(set(names))}
-    parts = {name: p for name, p in parts.items()
-             if (p[-1].lower().endswith(ENDINGS) or p[-1] == "dataset.json")
-             and not any(part.startswith(".") for part in p)}          # .git/.., the Mac's ._twins
+    parts = {name: p for name, p in parts.items()                      # .git/.., the Mac's ._twins
+             if p[-1] and not any(part.startswith(".") for part in p)}
+    strange = [name for name, p in parts.items()
+               if not p[-1].lower().endswith(ENDINGS) and p[-1] != "dataset.json"]
+    for name in strange:
+        del parts[name]
+    if strange:
+        print(f"left out  {len(strange)} files of {path}, such as {strange[0]}: images end in "
+              f"{' '.join(ENDINGS)}")
     depth = 1 if any(p[-1] == "dataset.json" for p in parts.values()) else 2
     while len({p[0] for p in parts.values()}) == 1 and min(map(len, parts.values())) > depth:
         parts = {name: p[1:] for name, p in parts.items()}
@@ -367,7 +374,8 @@ def read_numpy(path):
     else:
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays:
-                raise ValueError(f"it holds {', '.join(arrays.files) or 'nothing'}, not 'images'")
+                raise BadInput(f"{path} holds {', '.join(arrays.files) or 'nothing'}, not "
+                               "'images'; save it with np.savez(file, images=..)")
             x, labels = arrays["images"], arrays.get("labels")
     if x.dtype.kind == "f" and x.ndim == 2 and x.shape[1]:
         x = np.asarray(x, np.float32)
@@ -625,7 +633,7 @@ def load_checkpoint(run, device="cpu"):
     if path is None:
         raise BadInput(f"{run} " + ("has no checkpoint: its training ended before the first"
                                     if os.path.isdir(run) else "does not exist")
-                       + "; name a folder in which train.py has left one")
+                       + "; name a folder in which train.py has left a checkpoint")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return {name: state[name] for name in SAVED}
@@ -719,18 +727,19 @@ def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sched
     """What generate gives, batch by batch."""
     choices = check_choices(denoiser, options, sampler, guide, choices)
     schedule = schedule or build_schedule(options)
-    if steps < 1:
-        raise BadInput(f"--steps {steps} is not at least 1")
+    if steps < 1 or steps != int(steps):
+        raise BadInput(f"--steps {steps} is not a whole number of at least 1")
     t = attempt(f"--steps {steps}", "choose fewer", schedule.time_steps,
                 2 if sampler == "rk45" else steps)
     if labels is None:
         labels = draw_labels(seeds, options)
     else:
-        labels, count = torch.as_tensor(labels), len(options.classes)
-        whole_numbers = labels.shape == (len(seeds),) and not labels.is_floating_point()
+        labels, count = np.asarray(labels), len(options.classes)
+        whole_numbers = labels.shape == (len(seeds),) and labels.dtype.kind in "iu"
         if not whole_numbers or labels.min() < 0 or labels.max() >= count:
             raise BadInput(f"labels must be {len(seeds)} whole numbers, one for each seed, below "
-                           f"{count}, the number of classes")
+                           f"{count}, the number of classes that the run was told")
+        labels = torch.from_numpy(labels)
     D = denoiser if guide == 1 else samplers.guidance(denoiser, denoiser, guide)
     for i in range(0, len(seeds), batch):
         own = () if labels is None else (labels[i:i + batch].to(options.device),)
@@ -792,10 +801,16 @@ def check_choices(denoiser, options, sampler, guide, choices):
     choices = {name: value for name, value in choices.items() if value is not None}
     variance = choices.get("variance")
     measured = callable(variance) or variance in ("analytic", "sn", "npr")
+    for name, value in choices.items():
+        low, high, _ = CHOICES.get(name, (None, None, None))
+        if low is not None and not low <= value <= high:
+            raise BadInput(f"--{name} {value} is not within [{low}, {high}]")
     strange = [name for name in choices if name not in SAMPLERS[sampler]]
     for bad, sentence in [
         (strange, f"--{', --'.join(strange)}: not of --sampler {sampler}, whose choices are "
          f"{' '.join(SAMPLERS[sampler]) or 'none'}"),
+        (variance and not callable(variance) and variance not in VARIANCES,
+         f"--variance {variance} is none of {', '.join(VARIANCES)}"),
         (variance == "beta" and sampler == "ddim", "--variance beta belongs to --sampler ddpm"),
         (variance in ("sn", "npr") and options.head != variance, f"--variance {variance}: the run "
          f"has no such head; train one with train.py --head {variance} --init RUN"),
@@ -1168,6 +1183,7 @@ def draw_levels(path, table, title):
               ylabel="share of DSM's loss that is noise, at least")
     page.suptitle(title)
     page.savefig(path, dpi=100)
+    print(path)
 
 
 def draw_curve(folder):
@@ -1203,11 +1219,19 @@ class Counted:
         return self.denoiser(x, sigma, *labels, **more)
 
 
-def sampling(args):
+def open_run(args):
+    """load_run out of the command line."""
+    denoiser, options = load_run(args.run, args.device, args.weights)
+    options.data = args.data or options.data
+    return denoiser, options
+
+
+def sampling(args, denoiser, options):
     """generate's arguments out of the command line, and a line that says them."""
+    choices = {name: getattr(args, name) for name in CHOICES}
     how = dict(sampler=args.sampler, steps=args.steps, guide=args.guidance,
                schedule=SCHEDULES[args.schedule]() if args.schedule else None)
-    how |= {name: getattr(args, name) for name in CHOICES}
+    how |= check_choices(denoiser, options, args.sampler, args.guidance, choices)
     usual = dict(schedule=None, guidance=1.0, seed=0, weights="ema", **dict.fromkeys(CHOICES))
     text = args.sampler + ("" if args.sampler == "rk45" else f", {args.steps} steps")
     for name, value in usual.items():
@@ -1218,11 +1242,11 @@ def sampling(args):
 
 def sample(args):
     """evaluate.py sample: draws samples of a run and saves them."""
-    denoiser, options = load_run(args.run, args.device, args.weights)
+    denoiser, options = open_run(args)
     images = len(options.shape) > 1
     num = args.num or (4000 if not images else 8 * len(options.classes[:10]) or 64)
     labels, names = class_grid(options, num)
-    how, text = sampling(args)
+    how, text = sampling(args, denoiser, options)
     if args.label is not None:
         if args.label not in options.classes:
             raise BadInput(f"--class {args.label}: " + (
@@ -1261,8 +1285,8 @@ def fid(args):
     """evaluate.py fid: Frechet distance and IS of samples, beside those of real images."""
     device, size = pick_device(args.device), args.size
     if os.path.isfile(f"{args.run}/options.json") or args.run.endswith(".pt"):
-        denoiser, options = load_run(args.run, device, args.weights)
-        how, text = sampling(args)
+        denoiser, options = open_run(args)
+        how, text = sampling(args, denoiser, options)
         num, shape = args.num or (2000 if len(options.shape) > 1 else 4000), options.shape
         size = options.size if size is None else size
         seeds = range(args.seed, args.seed + num)
@@ -1305,7 +1329,7 @@ def fid(args):
 
 def levels(args):
     """evaluate.py levels: the loss at each noise level, and the share of it that is noise."""
-    denoiser, options = load_run(args.run, args.device, args.weights)
+    denoiser, options = open_run(args)
     table = noise_table(denoiser, options, run_data(options))
     print(f"{args.run} at step {options.step}\n")
     print_levels(table, options)
@@ -1350,6 +1374,7 @@ examples:
             ("; or any images, with --ref" if add == fid.add_argument else ""))
         add("--weights", default="ema", metavar="NAME", help="ema (the run's first average), raw, "
             "or another of its half-lives (default: ema)")
+        add("--data", metavar="PATH", help="the data of RUN, if they are no longer where they were")
         add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     for add in (sample.add_argument, fid.add_argument):
         few, usual = (2, 2000) if add == fid.add_argument else (1, 80)

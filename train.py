@@ -28,6 +28,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -279,7 +280,8 @@ def resolve(options, data):
         (options.attend and not points and not set(options.attend) <= set(sizes),
          f"--attend: the sizes in this network are {sizes}"),
         (options.width and options.width % 2, "--width is not even; choose an even number"),
-        (options.cond and data.labels is None, f"--cond: {data.name} has no labels"),
+        (options.cond and data.labels is None, f"--cond: {data.name} has no labels; leave "
+         "it out, or put the images into a sub-folder for each class"),
         (options.label_dropout and not options.cond, "--label-dropout needs --cond"),
         (options.loss == "taylor" and options.precondition == "x0", "--precondition x0: the "
          "network's target holds no noise that a Taylor control could take out"),
@@ -618,6 +620,7 @@ def run(options, folder=None, brief=False):
                        "give it back what it had, or start a new run")
     if min(options.batch, options.fid_num) < world:
         raise BadInput(f"--batch and --fid-num must be at least the number of ranks, {world}")
+    memory = agree(partial(memory_needed, options))
     device, schedule = options.device, evaluate.build_schedule(options)
 
     # The network, its averages, the optimizer; and their state, where a run goes on.
@@ -644,7 +647,7 @@ def run(options, folder=None, brief=False):
     folder = folder or from_first(partial(new_folder, options, data))
     lock = agree(partial(hold, folder))
     from_first(partial(write_options, folder, options))
-    describe(options, data, denoiser, folder, first)
+    describe(options, data, denoiser, folder, first, memory)
 
     # What a step needs.
     net = denoiser                                        # what the objective calls: same weights
@@ -752,7 +755,7 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
             beta.sums = state["beta"].to(options.device)
         reported = os.path.exists(f"{folder}/samples-{options.steps:07d}.png")
         if state["step"] > options.steps or (state["step"] == options.steps and reported):
-            raise BadInput(f"{folder} is finished, with {state['step']} steps; to go on, give "
+            raise BadInput(f"{folder} has taken {state['step']} steps; to go on, give "
                            "--steps a larger number")
         return state["step"], state["skipped"], state["best"]
     if options.init:
@@ -944,8 +947,9 @@ class Signals:
     """Within it, the first SIGINT or SIGTERM asks for the end of the step, a second one stops."""
 
     def __enter__(self):
-        self.got = 0
-        self.old = {s: signal.signal(s, self.take) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.got, self.old = 0, {}
+        if threading.current_thread() is threading.main_thread():      # others may not take signals
+            self.old = {s: signal.signal(s, self.take) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -960,25 +964,38 @@ class Signals:
 
 # ---- Report --------------------------------------------------------------------------------------
 
-def describe(options, data, denoiser, folder, first):
+def describe(options, data, denoiser, folder, first, memory):
     """What is going to be trained, on what, and what may be wrong with it, on the terminal."""
     world, size = ranks()[1], sum(p.numel() for p in denoiser.parameters())
-    copies = dict(antithetic=2, sa=options.K, taylor=2).get(options.loss, 1)
-    at_once = min(options.micro_batch or options.batch, math.ceil(options.batch / world))
-    gib = copies * at_once * activation_bytes(options) / 2 ** 30
     print(f"data      {data.source}\n"
           f"network   {options.arch}, {size / 1e6:.2f} M parameters\n"
           f"loss      {options.loss}, schedule {options.schedule}, {options.steps} steps of "
           f"{options.batch}, on {options.device} x {world}\n"
           f"run       {folder}, from step {first}\n"
-          f"memory    about {gib:.2g} GiB for the activations of {at_once} samples at a time "
-          "(--micro-batch)", flush=True)
+          f"memory    about {memory:,.2f} GiB for the activations of the samples that each rank "
+          "takes at a time (--micro-batch)", flush=True)
     rows = torch.linspace(0, len(data.x) - 1, min(len(data.x), 4096)).long()
     deviation = evaluate.take(data, rows)[0].std().item()
     if not 0.1 < deviation < 2:
         print(f"warning   the data's standard deviation is {deviation:.3g}, and the noise levels "
               f"are made for 0.5: divide the data by {2 * deviation:.3g}, or set sigma_max in "
               f"schedules.py to about {160 * deviation:.3g}")
+
+
+def memory_needed(options):
+    """GiB of activations on a rank, an estimate; BadInput where they exceed the machine's."""
+    at_once = min(options.micro_batch or options.batch, math.ceil(options.batch / ranks()[1]))
+    copies = dict(antithetic=2, sa=options.K, taylor=2).get(options.loss, 1)
+    needed, there = copies * at_once * activation_bytes(options) / 2 ** 30, math.inf
+    if options.device.startswith("cuda"):
+        there = torch.cuda.mem_get_info(options.device)[1] / 2 ** 30
+    elif hasattr(os, "sysconf"):                          # not on Windows
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
+    if needed > there:
+        raise BadInput(f"the activations of {at_once} samples take about {needed:,.0f} GiB, and "
+                       f"{options.device} has {there:,.0f}; choose a --micro-batch below "
+                       f"{math.floor(at_once * there / needed)}")
+    return needed
 
 
 def activation_bytes(options):

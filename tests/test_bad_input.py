@@ -163,6 +163,8 @@ DATA = {name: (partial(put, file, content), f"{TRAIN} {file}", part)
         for name, (file, content, part) in FILES.items()} | {
     "data that has changed": (partial(put, "points.npy", GRAY), RESUME, "other data"),
     "data that is gone": (partial(os.remove, "points.npy"), FID, "'points.npy'"),
+    "data that is gone from levels": (partial(os.remove, "points.npy"), "evaluate levels points",
+                                      "give --data a path"),
     "data that is damaged": (partial(cut, "points.npy"), "evaluate levels points", "points.npy"),
     "statistics for images": (partial(np.savez, "x.npz", mu=GRAY[0, 0], sigma=GRAY[0]),
                               f"{FID} --ref x.npz", "holds mu, sigma, not 'images'"),

@@ -167,7 +167,7 @@ def test_checkerboard_has_one_colour_and_swiss_roll_is_a_spiral():
 
 # ---- Folders and zips ----------------------------------------------------------------------------
 
-def test_folder_with_a_class_in_each_sub_folder():
+def test_folder_with_a_class_in_each_sub_folder(capsys):
     x = noise(5, 6, 6, 3)
     files = {"dog/2.png": encoded(x[0]), "cat/b.png": encoded(x[1]), "cat/a.PNG": encoded(x[2]),
              "dog/deep/1.png": encoded(x[3]), "../elsewhere/0.bmp": encoded(x[4], "BMP"),
@@ -175,6 +175,8 @@ def test_folder_with_a_class_in_each_sub_folder():
     write_folder("my pets!", files)
     Path("my pets!/ant").symlink_to("../elsewhere")
     data = load_data("my pets!")
+    assert "left out  2 files of my pets!, such as dog/read.me: images end in .png" in \
+        capsys.readouterr().out
     assert data.classes == ["ant", "cat", "dog"] and data.labels.tolist() == [0, 1, 1, 2, 2]
     assert data.labels.dtype == np.int64 and data.name == "my-pets"
     assert (data.x == channels_first(x[[4, 2, 1, 0, 3]])).all()

@@ -148,6 +148,15 @@ def test_a_choice_of_another_sampler_is_refused(images, sampler):
                 generate(by_class, images, range(2), sampler, **{name: 0.5})
 
 
+@pytest.mark.parametrize("sampler, how", [
+    ("rk45", dict(rtol=-1.0)), ("pc", dict(snr=-1.0)), ("ddim", dict(eta=5)),
+    ("heun", dict(steps=2.5)), ("ddpm", dict(variance="foo")),
+    ("edm-stochastic", dict(S_churn=-40))], ids=str)
+def test_a_choice_out_of_range_is_refused_from_python_too(images, sampler, how):
+    with pytest.raises(BadInput, match=f"--{next(iter(how))}"):
+        generate(by_class, images, range(2), sampler, **how)
+
+
 @pytest.mark.parametrize("variance", ["analytic", "sn", "npr"])
 def test_guidance_is_refused_where_a_variance_is_measured(images, variance):
     """The variance is that of the conditional denoiser, and guidance samples from another one."""
@@ -174,9 +183,10 @@ def test_guidance_exaggerates_the_class(images):
     assert gray == pytest.approx([0, -0.4, -1.2], abs=0.05)
 
 
-@pytest.mark.parametrize("head", ["sn", "npr"])
-def test_a_head_costs_no_calls(run, head, capsys):
-    draw(run.parent / head, "--num", 4, "--sampler", "ddpm", "--steps", 5, "--variance", head)
+@pytest.mark.parametrize("head", ["sn", "npr", "analytic"])
+def test_a_variance_costs_no_calls(run, head, capsys):
+    folder = run if head == "analytic" else run.parent / head
+    draw(folder, "--num", 4, "--sampler", "ddpm", "--steps", 5, "--variance", head)
     assert "NFE 5," in capsys.readouterr().out
 
 
@@ -562,8 +572,8 @@ def test_tf32_is_off_while_features_are_computed_and_back_afterwards(small):
     assert p.shape == (2, 5) and p.sum(1).tolist() == pytest.approx([1, 1])
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 5], [0.0, 1.0, 0.0, 1.0], [-1, 0, 0, 0]],
-                         ids=str)
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 5], [0.0, 1.0, 0.0, 1.0], [-1, 0, 0, 0],
+                                    ["a", "b", "a", "b"]], ids=str)
 def test_labels_that_do_not_fit_the_seeds_or_the_classes_are_refused(labels):
     options = SimpleNamespace(shape=(2,), classes=("a", "b", "c"), device="cpu", schedule="vp",
                               label_dropout=0)

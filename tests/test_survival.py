@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -182,6 +183,11 @@ def test_a_second_signal_stops_at_once_and_the_first_does_not():
     assert evaluate.load_checkpoint("run")["step"] == 2
 
 
+def test_a_run_in_a_thread_of_a_program_trains():
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(trained, "run", steps=1).result() == "run"
+
+
 # ---- Losses that are not finite ------------------------------------------------------------------
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
@@ -268,6 +274,7 @@ def test_a_run_goes_on_with_its_data_at_another_path_and_with_no_other_data(caps
     assert train.main(words(given | dict(steps=2))) == 0
     os.rename("images.npz", "moved.npz")
     assert "images.npz" in refused(["--resume", "run", "--steps", "3"], capsys)
+    assert evaluate.main(["levels", "run", "--data", "moved.npz"]) == 0
     assert train.main(["--resume", "run", "--data", "moved.npz", "--steps", "3"]) == 0
     assert train.main(["--resume", "run", "--steps", "4"]) == 0               # the path is kept
     assert train.main(words(given | dict(steps=4, data="moved.npz", out="whole"))) == 0
