@@ -1150,7 +1150,7 @@ def noise_table(denoise, options, data, count=128):
 def print_levels(table, options):
     """noise_table on the terminal, with a bar for the share of the loss that is noise."""
     same = "of its class" if options.classes else ""
-    print("losses by noise level, weighted as in training; the mean is that of x0 given "
+    print("squared errors by noise level, times the run's weight; the mean is that of x0 given "
           f"{max(options.ref_batch, 128):,} references\n\n"
           f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   at least this share\n"
           f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   of DSM's loss is "
@@ -1173,7 +1173,7 @@ def draw_levels(path, table, title):
     left, right = page.subplots(1, 2)
     left.loglog(sigma, dsm, label="DSM: against x0")
     left.loglog(sigma, stf, "--", label="STF: against x0's mean given the references")
-    left.set(xlabel="noise level sigma", ylabel="weighted loss of one network")
+    left.set(xlabel="noise level sigma", ylabel="squared error of one network, weighted")
     left.yaxis.set_major_formatter("{x:g}")                                     # .2, not 2 x 10^-1
     left.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
     left.yaxis.set_minor_formatter("{x:g}")

@@ -193,8 +193,13 @@ def stf_loss(denoise, x0, noise, sigma, weight, target):
 
 
 # The losses that train.py calls alike, by --loss.
-LOSSES = {"dsm": dsm_loss, "antithetic": antithetic_loss}     # (denoise, x0, noise, sigma, weight)
-STABLE_LOSSES = {"stf": stf_loss}                             # and target(x, sigma), STF's
+LOSSES = {                 # called with (denoise, x0, noise, sigma, weight)
+    "dsm": dsm_loss,
+    "antithetic": antithetic_loss,
+}
+STABLE_LOSSES = {          # called with (denoise, x0, noise, sigma, weight, target)
+    "stf": stf_loss,
+}
 
 
 # ---- Sequence-aware loss -------------------------------------------------------------------------

@@ -967,10 +967,11 @@ class Signals:
 def describe(options, data, denoiser, folder, first, memory):
     """What is going to be trained, on what, and what may be wrong with it, on the terminal."""
     world, size = ranks()[1], sum(p.numel() for p in denoiser.parameters())
+    weight = "its own weight" if options.weight == "schedule" else f"weight {options.weight}"
     print(f"data      {data.source}\n"
           f"network   {options.arch}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {options.loss}, schedule {options.schedule}, {options.steps} steps of "
-          f"{options.batch}, on {options.device} x {world}\n"
+          f"loss      {options.loss}, schedule {options.schedule}, {weight}, {options.steps} steps "
+          f"of {options.batch}, on {options.device} x {world}\n"
           f"run       {folder}, from step {first}\n"
           f"memory    about {memory:,.2f} GiB for the activations of the samples that each rank "
           "takes at a time (--micro-batch)", flush=True)

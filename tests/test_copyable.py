@@ -36,7 +36,7 @@ def sources(name):
             first = min([node.lineno] + [d.lineno for d in node.decorator_list])
             source = "\n".join(text.splitlines()[first - 1:node.end_lineno])
             needs = re.search(r"Needs:([\w\s,]+)\.", ast.get_docstring(node) or "")
-            assert needs, f"{name}.{node.name} does not say what it needs"
+            assert needs, f"{name}.{node.name}: end its docstring with 'Needs: nothing.'"
             words = {word.strip() for word in needs[1].split(",")} - {"nothing"}
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             found[node.name] = source, words, used

@@ -139,7 +139,8 @@ def test_a_ladder_trains_on_every_level_alike_and_u_0_and_1_are_its_ends(column)
 @every_ladder
 def test_c_noise_on_a_ladder_is_the_number_of_the_nearest_level(column):
     """iDDPM's is M - 1 - j, DDPM's is t."""
-    first, last = (1, 1000) if column == DDPM() else (0, 999)
+    assert (IDDPM.first, DDPM.first) == (0, 1)
+    first, last = column.first, column.first + len(column.levels) - 1
     levels, numbers = column.levels, torch.arange(first, last + 1)
 
     def c_noise(sigma):

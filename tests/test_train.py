@@ -464,8 +464,8 @@ def test_the_command_trains_every_network_and_tells_what_it_did(arch, schedule, 
     given = given | dict(arch=arch, schedule=schedule, loss=loss, steps=3)
     assert train.main(words(given)) == 0
     shown, run = capsys.readouterr().out, f"runs/000-{Path(given['data']).stem}-{loss}-{schedule}"
-    for line in (f"loss      {loss}, schedule {schedule}, 3 steps", "\n3 steps in 0:",
-                 "Frechet distance", f"samples     {run}/samples-0000003.png",
+    for line in (f"loss      {loss}, schedule {schedule}, its own weight, 3 steps",
+                 "\n3 steps in 0:", "Frechet distance", f"samples     {run}/samples-0000003.png",
                  f"evaluate.py sample {run}"):
         assert line in shown
     assert Path(run, "samples-0000003.png").stat().st_size > 500
