@@ -213,7 +213,7 @@ def churn(args):
     [S_tmin, S_tmax], of standard deviation S_noise.  The settings are all; interval: S_noise is 1;
     S_noise: at all sigma; neither.  SDE: Euler-Maruyama.  The paper: with all on, noise helps at a
     large NFE and harms at a small one; Euler-Maruyama is far behind.  sd: over runs, of all but
-    SDE.  8 minutes on one core, and the runs.
+    SDE.  5 minutes on one core, and the runs.
     """
     judges, rows, panels = judges_of(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)
@@ -362,7 +362,7 @@ COMMANDS = {
     "solvers": (solvers, dict(runs=[], N=[6, 10, 18, 32], rtol=[0.1, 0.01, 0.0001],
                               other="vp")),
     "trajectories": (trajectories, dict(levels=[25.0, 1.0], N=[5, 10, 15, 30, 75, 150])),
-    "churn": (churn, dict(runs=[], N=[8, 32], S_churn=[1.0, 3.0, 10.0], S_tmin=0.05, S_tmax=1.0,
+    "churn": (churn, dict(runs=[], N=[8, 32], S_churn=[3.0, 10.0], S_tmin=0.05, S_tmax=1.0,
                           S_noise=1.003)),
     "configs": (configs, dict(seeds=2)),
     "truncation": (truncation, dict(runs=[], num=16, N=18, rho=[1.0, 3.0, 7.0, 10.0])),
