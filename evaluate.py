@@ -697,7 +697,8 @@ CHOICES = {          # name: (lowest and highest value, help)
     "S_tmin": (0, math.inf, "smallest noise level at which noise is replaced (default: 0)"),
     "S_tmax": (0, math.inf, "largest noise level at which noise is replaced (default: any)"),
     "S_noise": (0, math.inf, "standard deviation of the new noise (default: 1)"),
-    "beta": (0, math.inf, "rate of new for old noise, in units of sigma'/sigma (default: 1)"),
+    "beta": (0, math.inf, "how fast new noise replaces old: 0 for Euler's method, 1 for VE's SDE "
+             "(default: 1)"),
     "eta": (0, 1, "share of DDPM's noise (default: 0)"),
     "snr": (1e-4, 1, "size of the corrector's step (default: 0.16)"),
     "rtol": (1e-7, 1, "relative and absolute tolerance of a step (default: 1e-5)"),

@@ -82,7 +82,7 @@ class Options:
     lam: float = option(None, "sa: weight of the term of K errors (default: 0, 1, .3 for K = 1, 2, "
                         "3, else .2)", 0)
     tau: str = option("unit", "sa: factors of the K errors: 1, as published (unit), Theorem 1's "
-                      "(paper), or Theorem 1's over the first of them (window)",
+                      "tau (paper), or tau over the highest level's (window)",
                       choices=("unit", "window", "paper"))
     level_noise: str = option("independent", "sa: a noise for each level, as published "
                               "(independent), or those of one forward path, nearly unbiased (path)",
@@ -101,8 +101,9 @@ class Options:
     P_std: float = option(None, "edm: standard deviation of ln sigma in training", 0.01, 10)
     weight: str = option("schedule", "weight of the loss by noise level; schedule: the schedule's "
                          "own", choices=("schedule", *WEIGHTS))
-    precondition: str = option("schedule", "scaling around the network: a schedule's (schedule: "
-                               "the run's own), or that of a network that predicts eps, x0 or v",
+    precondition: str = option("schedule", "scaling around the network: that of --schedule "
+                               "(schedule), of another, or of a network that predicts eps, x0 or "
+                               "v",
                                choices=("schedule", *SCHEDULES, "eps", "x0", "v"))
     # network; used in evaluate.build_denoiser
     arch: str = option(None, "mlp for points; unet, a small one; ddpmpp, ncsnpp or adm, as "
@@ -121,7 +122,8 @@ class Options:
     batch: int = option(None, "samples in a step, over all ranks", 1, 65_536)
     lr: float = option(None, "learning rate of AdamW", 1e-9, 10)
     warmup: int = option(None, "number of steps over which the learning rate rises", 0)
-    decay: float = option(None, "last share of the steps, in which the rate falls to 0", 0, 1)
+    decay: float = option(None, "share of the steps, at the end, in which the learning rate falls "
+                          "to 0", 0, 1)
     beta2: float = option(None, "AdamW's beta2, by which it averages squared gradients", 0,
                           0.999999)
     clip: float = option(1.0, "limit of the gradient's norm", 1e-9)

@@ -209,11 +209,12 @@ def trajectories(args):
 def churn(args):
     """Stochastic sampling with its limits on and off, beside deterministic: EDM figure 4.
 
-    Each step first adds noise, gamma = min(S_churn/N, sqrt(2) - 1) of sigma, where sigma is within
-    [S_tmin, S_tmax], of standard deviation S_noise.  The settings are all; interval: S_noise is 1;
-    S_noise: at all sigma; neither.  SDE: Euler-Maruyama.  The paper: with all on, noise helps at a
-    large NFE and harms at a small one; Euler-Maruyama is far behind.  sd: over runs, of all but
-    SDE.  5 minutes on one core, and the runs.
+    Where S_tmin <= sigma <= S_tmax, a step first raises sigma by the share gamma, with noise of
+    standard deviation S_noise, gamma = min(S_churn/N, sqrt(2) - 1).  Columns: all: as given;
+    interval: S_noise = 1; S_noise: at any sigma; neither: both of these changes; SDE:
+    Euler-Maruyama.  The paper: with all on, noise helps at a large NFE and harms at a small one;
+    Euler-Maruyama is far behind.  sd: over runs, of all but SDE.  5 minutes on one core, and the
+    runs.
     """
     judges, rows, panels = judges_of(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)
@@ -251,7 +252,7 @@ def configs(args):
     """EDM's changes to training, one after the other, at equal steps: EDM table 2.
 
     A  Score-SDE's VP: its noise levels, weight 1/sigma^2, a network that predicts the noise
-    B  + hyperparameters: learning rate times 5, a shorter average of the weights, no clipping
+    B  + hyperparameters: learning rate times 5, no clipping, in long runs a shorter average
     C  + capacity: without the lowest resolution, more channels at the highest
     D  + preconditioning: D = c_skip x + c_out F(c_in x), VP's noise levels and weight as before
     E  + loss: ln sigma ~ N(P_mean, P_std^2), weight 1/c_out^2
@@ -259,7 +260,7 @@ def configs(args):
 
     Sampled as in the paper by Heun's method with EDM's 18 time steps.  The paper: FID falls from A
     to F.  Left out at this scale: B's batch four times as large, which at equal steps is four times
-    the images, and its dropout.  16 minutes on one core.
+    the images, and its dropout.  13 minutes on one core.
     """
     def draws(name, folder):
         yield "heun", folder, dict(sampler="heun", steps=18, schedule=EDM())

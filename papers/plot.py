@@ -4,8 +4,8 @@
 
 A command is a function of its arguments.  It computes rows and calls `show`, which prints a table,
 writes papers/results/PAPER-COMMAND.csv and, where matplotlib is installed, draws the .png.
-Options that a command does not know go to train.py's runs: the same command with --data cifar10 and
-a GPU makes the paper's own table.
+Options that a command does not know go to train.py's runs: on a GPU, --data cifar10 --steps N
+--fid-num 50000 comes near the paper's own table.
 """
 
 import csv
@@ -32,6 +32,12 @@ HELP = {"seed": "the first seed", "seeds": "number of seeds", "out": "folder of 
         "n": "numbers of references", "num": "number of samples or of images",
         "run": "a folder that train.py made", "runs": "folders that train.py made",
         "T": "numbers of sampling steps", "N": "numbers of time steps", "levels": "noise levels",
+        "head": "training steps of a second head", "training": "training steps",
+        "early": "sampling steps for the weights of earlier training steps",
+        "start": "time step at which sampling starts", "batch": "samples in a mini-batch",
+        "other": "vp or ve, whose sampler is changed into EDM's", "rtol": "RK45's tolerance",
+        "repeats": "draws of the references", "orders": "orders of the Taylor polynomial",
+        "lam": "weights of SA's second term", "K": "numbers of noise levels in SA's loss",
         "pc": "steps of PC", "ddim": "steps of DDIM", "heun": "steps of Heun's method"}
 
 

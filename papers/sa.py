@@ -146,9 +146,9 @@ def estimation_gap(denoise, x0, ladder, noise):
 def gap(args):
     """How far sampling from x_300 is led astray, of dsm and SA-2, -3, -4 (SA figures 1, 4).
 
-    At each x_t: estimation_gap's mean over images and pixels, with its sign, which the authors'
-    code has; its rms; and rms over what it were if errors of different steps were unrelated: above
-    1 errors add up (fig. 1 a), below 1 they cancel (b).  The paper: SA-2 reduces the gap at x_1 by
+    At each x_t, over images and pixels: the gap's mean with its sign, as in the authors' code; its
+    rms; and the ratio of that rms to the rms that unrelated errors of the steps would have: above 1
+    errors add up (fig. 1 a), below 1 they cancel (b).  The paper: SA-2 reduces the gap at x_1 by
     a factor of 2.5.  3 minutes, and the training of table.  --runs: other runs, on one set of data.
     """
     denoisers, x0, _, options = plot.compared(args, variants(args))
@@ -194,9 +194,9 @@ def gaussian_factor(levels, K, lam, path):
 def tau(args):
     """Theorem 1's factors tau, and how independent noises bias SA-K's minimiser (SA Theorem 1).
 
-    Left: by how much an error of eps_hat at t moves the sample at the end: so little at most t
-    that a loss with these factors does next to nothing.  Right: gaussian_factor, with tau = 1.
-    Below 1 the network is trained to predict less than the noise that is there.  A few seconds.
+    Left: tau, by which an error of eps_hat at t moves the sample at the end.  For most t it is so
+    small that a loss with these factors does next to nothing.  Right: gaussian_factor, with tau =
+    1.  Below 1 the network is trained to predict less noise than there is.  A few seconds.
     """
     found = sa_tau(LEVELS, torch.arange(1, len(LEVELS) + 1), 1, "paper")[0]
     columns = dict(t=range(1, len(LEVELS) + 1), sigma=LEVELS.tolist(),

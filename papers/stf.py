@@ -85,8 +85,8 @@ def variance(args):
     In these units Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),
     where D(sigma) = E_x D_f measures how far p(x0 | x) is from the data's law.  Phase 1: less than
     a tenth of the data's variance is left in p(x0 | x);  phase 3: more than nine tenths;  phase 2:
-    between.  The law is uniform on --num rows of the data; of two Gaussians it is their own, but
-    for D, which is infinite then up to sigma = sqrt(3) 0.14.  Half a minute.
+    between.  The data's law is uniform on --num rows.  For two Gaussians V takes their true law,
+    and D still the rows: it would be infinite up to sigma = sqrt(3) 0.14.  Half a minute.
     """
     for name in args.data:
         law = name.startswith("two-gaussians")
@@ -166,8 +166,8 @@ def ess(args):
 
         effective sample size = 1/sum_k w_k^2
 
-    Where it is 1 the target is x0, as DSM's, and nothing is won.  The paper's three phases are 1,
-    some, all of n.  A few seconds.
+    Where that size is 1, the target is x0, as DSM's, and nothing is won.  In the paper's three
+    phases it is 1, some, and n.  A few seconds.
     """
     reference, g = random_rows(args, args.data, max(args.n))
     x0, levels = reference[:args.num], torch.tensor(sorted(args.levels), dtype=torch.float64)

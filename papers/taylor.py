@@ -209,9 +209,9 @@ def measured(args, g):
 def gradvar(args):
     """The variance of the gradient by estimator and noise level, over plain DSM's (TCV figs. 2, 3).
 
-    Of an MLP that is trained here, or of --run's network (of one that is told the class, in its
-    first class).  Of single samples, with STF references of their own.  "Shared": of mini-batches
-    of --batch, whose samples share a reference, as in STF's Algorithm 1: their targets then have a
+    The network is an MLP that is trained here, or --run's (if it is told classes, in the first
+    class).  Each sample is alone, with STF references of its own.  "Shared": mini-batches of
+    --batch, whose samples share a reference, as in STF's Algorithm 1: their targets then have a
     common error.  --num 0: 1500 points or 24 images.  About 1 minute; a U-Net 6.
     """
     g = torch.Generator().manual_seed(args.seed)

@@ -40,9 +40,9 @@ BUGS = [
          fails="c", hint="""What would a test notice if all logits were doubled? Ask it of one row,
          of rows that all weigh the same, and of one row that has all the weight.""",
          why="""Only (c) has the posterior mean another way, from the gradient of log p. A single
-         row (a) weighs 1 whatever its logit; at the ends of sigma, (b) and (d), all rows
-         weigh the same, or one weighs all and is here still the right one. Limits do not see a
-         wrong factor: test in between."""),
+         row (a) weighs 1 whatever its logit; (b) and (d) are at the ends of sigma, where all
+         rows weigh the same, or one row, here still the right one, has all the weight. Limits
+         do not see a wrong factor: test in between."""),
     dict(file=samplers, name="edm_stochastic", title="a step with churn from the wrong noise level",
          old="x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2",
          new="x_next = x + (sigma_next - sigma_cur) * (d + d_next) / 2",
@@ -62,10 +62,11 @@ BUGS = [
          a="test_control_has_mean_zero_over_the_noise_whatever_the_dropout_masks",
          b="test_control_and_its_gradient_have_mean_zero_over_the_design",
          c="test_edm_untrained", d="test_remainder_of_order_k_falls_as_h_to_the_k_plus_1",
-         fails="b", hint="""The trace does not depend on the noise: what of it can a test see that
-         only measures how much the loss varies? And of which order are each test's controls?""",
-         why="""Without tr J, the mean of noise.J noise, the control has a mean, and loss
-         - beta control a bias. (a) asks for that mean too, but at order 0, which has no trace. (c)
+         fails="b", hint="""The trace does not depend on the noise: does a test see it that only
+         measures how much the loss varies? And of which order is the control of each test?""",
+         why="""noise.J noise has the mean tr J. If tr J is not taken off, the control has a mean,
+         and loss - beta control has a bias. (a) asks for that mean too, but at order 0, which
+         has no trace. (c)
          finds that order 1 takes more variance off than order 0, and bug or not it does, for tr J
          does not depend on the noise; (d) leaves the trace out by design. Less variance is no sign
          of the right mean."""),
