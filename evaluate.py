@@ -138,7 +138,7 @@ def load_data(name, size=None, data_dir="data", fresh=None):
     code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz, its folder or one
     .bin, an idx images file or its folder.
     size: crops each image to its central square, then resizes it to size x size.
-    fresh: of a set that is drawn here, so many rows that load_data(name) does not have.
+    fresh: draw so many new rows, none of load_data(name)'s, of a set that is drawn here.
     """
     if name in ("digits", *POINT_SETS):
         more = dict(n=fresh, seed=1) if fresh else {}
@@ -298,10 +298,10 @@ def files_below(folder, seen):
 
 
 def members(path):
-    """{name: its folders and its own name} of images and dataset.json, and content(name) -> bytes.
+    """({name: its path's parts}, content(name) -> bytes): images, dataset.json of a folder or zip.
 
-    Of a folder or a zip, without what is hidden, and without a folder around all the classes or
-    around the dataset.json.
+    Hidden files are left out.  Outer folders that hold all the classes, or the dataset.json, are
+    dropped from the paths.
     """
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in files_below(path, {path.resolve()})]
@@ -367,7 +367,7 @@ def json_labels(content, names):
 
 
 def read_numpy(path):
-    """An .npy's points (N, d) or images (N, H, W[, C]) or (N, C, H, W); an .npz's, and labels."""
+    """x, labels of an .npy or .npz: points (N, d), images (N, H, W[, C]) or (N, C, H, W)."""
     if path.suffix.lower() == ".npy":
         x, labels = np.lib.format.open_memmap(path, "c"), None
         x = x if x.nbytes > IN_MEMORY_BYTES else np.array(x)           # a large one stays on disk
@@ -435,7 +435,7 @@ def idx(path, rank):
 # ---- Data sets downloaded and drawn --------------------------------------------------------------
 
 def cifar_folder(path):
-    """That of path and path/cifar-10-batches-bin which has batches, or None."""
+    """path or path/cifar-10-batches-bin, whichever has batches, or None."""
     folders = (path, path / "cifar-10-batches-bin")
     return next((f for f in folders if any(f.glob("*_batch*.bin"))), None)
 
@@ -579,8 +579,8 @@ def build_schedule(options):
 
 
 def build_precondition(options):
-    """sigma -> c_skip, c_out, c_in, c_noise, by --precondition: a schedule's, or with the first
-    two those of eps-, x0- or v-prediction and the others those of the run's own schedule."""
+    """sigma -> c_skip, c_out, c_in, c_noise, by --precondition: all four of a schedule; or for eps,
+    x0 and v their own c_skip and c_out, and the c_in and c_noise of the run's schedule."""
     name, schedule = options.precondition, build_schedule(options)
     if name in SCHEDULES:
         return SCHEDULES[name]().precondition
@@ -713,11 +713,10 @@ def generate(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sc
 
     Images are within about [-1, 1]; to_uint8 and save_pictures turn them into pictures.  Sample i
     depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.
-    denoiser, options: of load_run.  sampler, choices: see SAMPLERS.  labels (len(seeds),): numbers
-    of classes; None: of a class-conditional run, classes as often as the data has them.  schedule:
-    whose time steps; None: the run's own.  guide: weight of classifier-free guidance.  steps: rk45
-    chooses its own.  callback(i, x): called after step i with the state x of a batch, for
-    trajectories.
+    denoiser, options: of load_run.  sampler, choices: see SAMPLERS.  labels (len(seeds),): class
+    numbers; None: in the data's shares, if the run is class-conditional.  schedule: whose time
+    steps; None: the run's own.  guide: weight of classifier-free guidance.  steps: rk45 chooses its
+    own.  callback(i, x): called after step i with the state x of a batch, for trajectories.
     """
     return torch.cat(list(drawn(denoiser, options, seeds, sampler, steps, labels, schedule, guide,
                                 batch, callback, **choices)))
@@ -830,7 +829,7 @@ def check_choices(denoiser, options, sampler, guide, choices):
 def draw_labels(seeds, options):
     """A class for each seed, each class as often as the data has it; None without classes.
 
-    Multiples of the golden ratio, modulo 1, spread evenly: so few seeds already have the shares.
+    Multiples of the golden ratio modulo 1 spread evenly: even a few seeds have these shares.
     """
     if not options.classes:
         return None
@@ -1054,7 +1053,7 @@ def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
 
     features: of extractor.  mean, cov and n are those of all these rows; floor, the distance of num
     of them to the others, is what perfect samples reach (NaN with fewer than 2 num rows); classes
-    are the class probabilities of these num.
+    are the class probabilities of these num, or of all rows where floor is NaN.
     """
     rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:most]
     rank, world = ranks()

@@ -184,7 +184,8 @@ def stf_loss(denoise, x0, noise, sigma, weight, target):
     """Stable target field: lambda(sigma) |D(x; sigma) - target|^2   (STF eq. 6, Algorithm 1).
 
     target(x, sigma) -> (B, ...), e.g. partial(stf_target, reference=reference) with the rows of x0
-    among the reference's own.  It has the minimiser of dsm_loss and never more variance.
+    among the reference's own.  Its minimiser is that of dsm_loss.  A single sample's gradient never
+    varies more; samples that share a reference can, together, where the reference is small.
     Needs: nothing.
     """
     x = x0 + sigma * noise                                                        # (B, ...)
@@ -217,7 +218,7 @@ def sa_tau(ladder, t, K, kind="unit"):
 
     kind 'unit': 1, as the published code has it;  'paper': tau_i, and tau_1 = 0: on linear betas it
     falls from 8e-3 at i = 2 to 1e-8 at 1000, so that its loss does next to nothing;  'window':
-    tau_s/tau_t, the same errors measured at the window's start (1 at the ladder's first level).
+    tau_s/tau_t, so that level t has the factor 1, also at t = 1.  ValueError: another kind.
 
     ladder (T,), t (B,) int64 -> (K, B) float64.  t in 1..T, as published, or in 0..T+K-1, as in
     the paper, where each level is in K windows.  Needs: nothing.
@@ -278,18 +279,19 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 #     2 b (T^k.noise - E),    T^k = the Taylor polynomial of F around the clean x0, to order k
 #
 # where E is the mean of T^k.noise: 0 for k = 0, c_in sigma tr(Jacobian of F) for k = 1 and 2.
+# Products here are sums over coordinates; taylor_terms takes the mean over them at the end.
 
 def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
     """c_out^2 b (T^k.noise - E), coordinate by coordinate; its sum has mean 0 over the noise.
 
-    F is known only through G = c_out F.  With T and E those of G, the same number is
+    F is known only through G = c_out F.  As c_out b = c_skip sigma, with G's T and E this is
 
         c_skip sigma (T.noise - E),    G(y) = D(y; sigma) - c_skip y,    J, H: its derivatives
         T = G + sigma J noise + sigma^2/2 H[noise, noise],    E = sigma tr J (order 0: T = G, E = 0)
 
-    for c_out b = c_skip sigma.  The trace is exact, by d products with J.  With a probe (B, ...) of
-    random signs the trace is estimated by Hutchinson's probe.J probe, which has the same mean,
-    costs one product and adds variance.
+    The trace is exact, by d products with J.  With a probe (B, ...) of random signs the trace is
+    estimated by Hutchinson's probe.J probe, which has the same mean, costs one product and adds
+    variance.
     y (B, ...) with requires_grad if order > 0, D0 = D(y; sigma), c_skip (B, 1, ..., 1) -> (B, ...).
     Needs: nothing.
     """
@@ -341,9 +343,9 @@ class RunningBeta:
     g_loss and g_control are per-sample gradients of a few parameters; those of the last layer are
     a good proxy for all.  beta must come from past batches: one from the same batch adds bias.
     Each bin of ln sigma keeps running sums, in which each new sample multiplies the old ones by
-    `decay`.  After n samples in its bin, beta is (n measured + 4 guess)/(n + 4) with the guess
-    1/(1 + (sigma/scale)^1.3), where scale is about twice the smallest local spread of the data.
-    beta is clamped to [0, 1.2] and has sigma's shape.
+    `decay`.  With n, the number of samples, decayed too, beta is (n measured + 4 guess)/(n + 4).
+    The guess is 1/(1 + (sigma/scale)^1.3), where scale is about twice the smallest local spread of
+    the data.  beta is clamped to [0, 1.2] and has sigma's shape.
     All state is one tensor, sums (3, bins).  Needs: nothing.
     """
 

@@ -32,8 +32,8 @@ class Denoiser(nn.Module):
     first n rows, and are repeated for the others: a loss that calls D on c copies of its batch
     sends c n rows and n labels.
 
-    A model with a second head gives twice the channels; head=True returns D and that second half
-    as it is, for the covariances of SN-DPM and NPR-DPM.
+    A model with a second head gives twice the channels; head=True returns D and the second half,
+    unscaled, for the covariances of SN-DPM and NPR-DPM.
     """
 
     def __init__(self, model, precondition, amp=None):
@@ -120,8 +120,8 @@ class GroupNorm(nn.GroupNorm):
 class Conv(nn.Module):
     """Convolution with optional 2x resampling by a separable FIR filter ([1,1] or [1,3,3,1]).
 
-    kernel 0 resamples only.  Up-sampling filters before the convolution, down-sampling too, but for
-    `fused`, which convolves at full resolution first (NCSN++'s input residual).  Needs: nothing.
+    kernel 0 resamples only.  Resampling comes before the convolution.  With `fused` (NCSN++'s input
+    residual) the convolution, at full resolution, comes first.  Needs: nothing.
     """
 
     def __init__(self, cin, cout, kernel, up=False, down=False, fir=(1, 1), fused=False):
@@ -237,10 +237,10 @@ class UNet(nn.Module):
     augment_dim  length of the augmentation labels, 0 for none
     fir      resampling filter
     fourier  Fourier features of the noise level instead of sinusoids (NCSN++)
-    residual the input, down-sampled, is added at each level of the encoder (NCSN++)
+    residual the input, down-sampled and convolved, joins each lower level (NCSN++)
     adm      the ADM variant of blocks, embedding, output and initialisation
     classes, label_dropout   class labels, and the share of them dropped in training (guidance)
-    head     a second output from the same features, which it does not train: see Denoiser
+    head     a second output; no gradient goes from it to the features: see Denoiser
 
     Needs: Block, Conv, GroupNorm, Fourier, sinusoids, one_hot, initialise.
     """
@@ -405,9 +405,9 @@ class ConvBN(nn.Module):
 class Mixed(nn.Module):
     """Branches side by side, each a chain of ConvBN; their outputs' channels are concatenated.
 
-    branches {name: steps}, a step (channels, kernel), or (channels, kernel, kernel) where it forks:
-    both take the same input, side by side again.  Layers: name_1, name_2, ..., name_3a and name_3b
-    at a fork, the bare name where there is but one step.  branch_pool pools 3x3 before its steps.
+    branches {name: steps}; a step is (channels, kernel), or at a fork (channels, kernel, kernel):
+    two ConvBN on one input, concatenated.  Layers: name_1, name_2, ..., name_3a and name_3b at a
+    fork, or just the name for a single step.  branch_pool pools 3x3 before its steps.
     stride 2: in pooling and in the last step of each branch, without padding.  Needs: ConvBN.
     """
 

@@ -11,8 +11,8 @@
     callback     callback(i, x) after step i = 0, 1, ..., for trajectories; x is its to keep
 
 Keep t on the CPU, in float64: its entries then act as plain numbers on x of any device and type,
-and no step waits for the device.  Each docstring gives the NFE, the calls of denoise per sample.
-An x that stops being finite is a FloatingPointError at the end, naming the step and its sigma.
+and only rk45 waits for the device.  Each docstring gives the NFE, the calls of denoise per sample.
+An x that is not finite is a FloatingPointError at the end (rk45: at once), naming step and sigma.
 
 Sources: EDM = Karras et al. 2022, SDE = Song, Sohl-Dickstein et al. 2021, DDPM = Ho et al. 2020,
 DDIM = Song, Meng & Ermon 2021, Analytic-DPM = Bao et al. 2022 (ICLR), SN/NPR-DPM = Bao et al.
@@ -39,7 +39,7 @@ def record(x, finite, callback):
 def checked(x, finite, sigma):
     """x, if it was finite after every step; otherwise FloatingPointError says since which.
 
-    finite: N 0-d bools, sigma (N + 1,).  The one place where a sampler waits for its device.
+    finite: N 0-d bools, sigma (N + 1,).  Samplers but rk45 wait for the device only here.
     Needs: nothing.
     """
     finite = torch.stack(finite).tolist() if finite else []
@@ -426,8 +426,8 @@ def predictor_corrector(denoise, x, t, schedule, noise, snr=0.16, norms=True, ca
     from t_i (s, sigma) to t_{i+1} (s', sigma'), corrector first as in the published code, no noise
     in the step to 0.  a and v are the forward transition's: VE a = 1; VP a = sqrt(1 - beta),
     v = beta.  step: snr_step with alpha = a^2; without norms, for points, 2 alpha (snr s sigma)^2,
-    which is snr_step's value where x is pure noise.  The finite step leaves
-    the variance too large, by a share of about snr^2.
+    which is snr_step's value where x is pure noise.  As a Langevin step is finite, the variance is
+    too large, by a share of about snr^2.
     x (B, ...), t (N + 1,), noise() -> (B, ...).  Needs: langevin, snr_step, level, record, checked.
     """
     def score(x, s, sigma):

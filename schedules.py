@@ -7,7 +7,7 @@ Every class has the same members in the same order, for a comparison line by lin
 
     sigma(t)  sigma_inv(sigma)  dsigma(t)      noise level, its inverse, its derivative in t
     s(t)  ds(t)                                scale and its derivative in t
-    time_steps(N)        -> (N + 1,) float64   t_0 > ... > t_{N-1} > t_N = 0, any N >= 1
+    time_steps(N)        -> (N + 1,) float64   t_0 > ... > t_N = 0, N >= 1; ladders limit N
     training_sigma(u)    -> sigma              u uniform on (0, 1): inverse CDF of p_train(sigma)
     precondition(sigma)  -> c_skip, c_out, c_in, c_noise
     weight(sigma)        -> lambda             the column's own weight on |D - x0|^2
@@ -15,13 +15,13 @@ Every class has the same members in the same order, for a comparison line by lin
 t, sigma and u are tensors of any shape.  sigma is in units of the data (images in [-1, 1]); t is
 whatever the column calls time.  The caller draws u, and may stratify it; at u = 0 and u = 1 a
 log-normal sigma is 0 and infinite.
-`Needs:` names what must travel with a copy of a class, beside torch and dataclass.
+`Needs:` names what must travel with a copy, beside torch, math and dataclass.
 Sampling and training are independent: D is a black box, and a network trained with one column can
 be sampled with the time steps of any other.
 
 Source: EDM = Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
-Models", Table 1.  Published code computes VP in float32 as sqrt(exp(.) - 1), which loses up to
-2.4 % of sigma near t = 0; here expm1 and log1p keep it exact.
+Models", Table 1.  Published code computes VP in float32 as sqrt(exp(.) - 1), whose sigma is up to
+3 % off near t = 1e-5; here expm1 and log1p keep it exact.
 """
 
 import math

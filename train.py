@@ -198,8 +198,8 @@ PRESETS = {
     # SA-2; DDPM++'s blocks for DDPM's, and a number of steps that the paper does not state
     "cifar10-ddpm": CIFAR | SCORE_SDE | dict(loss="sa", schedule="ddpm", mult=(1, 2, 2, 2),
                                              blocks=2, steps=500_000),
-    # EDM at 64x64; sampled with heun, 40 steps, and edm-stochastic, 256 steps, S_churn 40, S_tmin
-    # .05, S_tmax 50, S_noise 1.003
+    # EDM at 64x64; FFHQ sampled with heun, 40 steps; ImageNet with edm-stochastic, 256 steps,
+    # S_churn 40, S_tmin .05, S_tmax 50, S_noise 1.003
     "ffhq64": KARRAS | dict(size=64, arch="ddpmpp", mult=(1, 2, 2, 2), augment=0.15, batch=256,
                             lr=2e-4, warmup=39_063, steps=781_250, dropout=0.05),
     "imagenet64-adm": KARRAS | dict(size=64, arch="adm", cond=True, augment=0.0, batch=4096,
@@ -946,7 +946,7 @@ class Log:
 
 
 class Signals:
-    """Within it, the first SIGINT or SIGTERM asks for the end of the step, a second one stops."""
+    """Within it, the first SIGINT or SIGTERM ends the run after its step, a second at once."""
 
     def __enter__(self):
         self.got, self.old = 0, {}
@@ -1072,7 +1072,7 @@ def default_text(field):
 
 
 def parser():
-    """A parser made from Options: what it leaves out was not given."""
+    """A parser made from Options; it returns only what was typed."""
     p = evaluate.Parser(
         prog="train.py", usage="python train.py [OPTION]", argument_default=argparse.SUPPRESS,
         description="Train a diffusion model; without options, coloured digits on a CPU.",

@@ -3,9 +3,10 @@
     python -m papers.edm solvers                        from the repository's root
 
 Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models".
-Commands without --run train train.py's default run, 2 minutes on one core, and share it; without
---runs, that run with two seeds.  Distances are Frechet distances of 128 samples of each run
-(--fid-num), smaller is better; the floor is that of as many real images.
+Commands share train.py's default run, which is trained once in 2 minutes on one core; those with
+--runs share that run with two seeds.  --run and --runs name others.  Distances are Frechet
+distances of 128 samples of each run (--fid-num), smaller is better; the floor is that of as many
+real images.
 """
 
 import copy
@@ -209,10 +210,10 @@ def trajectories(args):
 def churn(args):
     """Stochastic sampling with its limits on and off, beside deterministic: EDM figure 4.
 
-    Where S_tmin <= sigma <= S_tmax, a step first raises sigma by the share gamma, with noise of
-    standard deviation S_noise, gamma = min(S_churn/N, sqrt(2) - 1).  Columns: all: as given;
-    interval: S_noise = 1; S_noise: at any sigma; neither: both of these changes; SDE:
-    Euler-Maruyama.  The paper: with all on, noise helps at a large NFE and harms at a small one;
+    Where S_tmin <= sigma <= S_tmax, a step first adds noise, S_noise times what raises sigma by the
+    share gamma = min(S_churn/N, sqrt(2) - 1).  Columns: all: limits and S_noise as given; interval:
+    S_noise = 1; S_noise: no limits; neither: no limits and S_noise = 1; SDE: Euler-Maruyama.  The
+    paper: with all on, noise helps at a large NFE and harms at a small one;
     Euler-Maruyama is far behind.  sd: over runs, of all but SDE.  5 minutes on one core, and the
     runs.
     """

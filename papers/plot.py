@@ -164,8 +164,8 @@ class Judge:
 def distances(args, variants, draws):
     """How far samples of runs are from the data: {case: {name: (mean, sd, NFE)}} over the seeds.
 
-    variants: {name: options of its runs}, trained with args.seeds seeds.  draws(name, folder): for
-    each case, whose weights draw the samples of that run, and how.  Also returns the last Judge.
+    variants: {name: options of its runs}, trained with args.seeds seeds.  draws(name, folder):
+    yields (case, the run or checkpoint to sample, Judge's arguments).  Also returns the last Judge.
     """
     found, judge = {}, None
     seeds = range(args.seed, args.seed + args.seeds)

@@ -123,8 +123,8 @@ def estimation_gap(denoise, x0, ladder, noise):
     the model's from the same noise, in DDPM's frame.  Carried from x_1 back to x_t it is the
     distance there: each step from i shrinks it by (sigma_{i-1}/sigma_i)^2.
 
-    ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: at x_t the mean over samples
-    and coordinates, their rms, and what the rms were if errors of different steps were unrelated.
+    ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: the gap's mean at
+    x_t over samples and coordinates, its rms, and the rms that unrelated errors would give.
     """
     found, d, squares = [], 0, 0
     tau = iter(sa_tau(ladder, torch.arange(len(ladder), 1, -1), 1, "paper")[0])
@@ -174,8 +174,8 @@ def gaussian_factor(levels, K, lam, path):
 
     Data N(0, 1) and predictors eps_hat_s = c_s x_s.  The loss is quadratic in c, with the moments,
     for s < r,  E x_s x_r = 1 + [sigma_s^2],  E x_s eps_r = [sigma_s^2/sigma_r],  E x_r eps_s =
-    [sigma_s]: what is in brackets is 0 for independent noises, which share x0 alone, and there for
-    noises of one path.  The factor is c_s over that of E[eps_s | x_s], sigma_s/(1 + sigma_s^2).
+    [sigma_s]: a bracket counts for noises of one path, and is 0 for independent noises, which share
+    x0 alone.  The factor is c_s over that of E[eps_s | x_s], sigma_s/(1 + sigma_s^2).
     """
     row, column = levels[:, None], levels
     low, high = torch.minimum(row, column), torch.maximum(row, column)

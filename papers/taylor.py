@@ -6,7 +6,7 @@ Source: Jeha et al. 2024, "Variance reduction of diffusion model's gradients wit
 approximation-based control variate" (TCV).  Of it only the summary and the figures' captions are
 known here; losses.taylor_terms derives the control anew.
 
-A share is what one gradient is the gradient of: a sample, or a mini-batch with a common reference.
+A share is the samples behind one gradient: one sample, or a mini-batch with a common reference.
 """
 
 import itertools
@@ -30,9 +30,9 @@ ACTIVATIONS = dict(silu=torch.nn.functional.silu, tanh=torch.tanh, relu=torch.re
 # ---- Gradients of shares -------------------------------------------------------------------------
 
 def draw_shares(net, pool, num, m, n, g):
-    """At least num shares of m samples and n >= m references, out of pool (N, ...), some at a time:
+    """Batches of `copies` shares, num or more in all; a share has m samples, n >= m references:
 
-        x0, noise, probe (m copies, ...), each share's first sample first; reference (n, copies, ..)
+        x0, noise, probe (m copies, ...), all first samples first;  reference (n, copies, ...)
 
     The samples of a share are the first of its references.  The probe has random signs.
     """
@@ -92,11 +92,10 @@ def estimates(denoise, shares, sigma, weight, c_skip, orders, sizes):
 
 
 def variances(net, pool, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=1.0, label=None):
-    """What estimators leave of the variance of DSM's gradient: {name: (left, beta)}, see left_by;
-    and that variance, the trace of the covariance, after a factor `scale` (p,).
+    """{name: (left, beta)}, see left_by, and the trace of the covariance of DSM's gradient.
 
-    Of at least num shares of m samples.  label: the class of the pool's rows, for a network that is
-    told it.
+    From at least num shares of m samples; `scale` (p,) multiplies each gradient first.  label: the
+    class of the pool's rows, for a network that is told it.
     """
     def c_skip(s):
         return net.precondition(s)[0]
@@ -130,8 +129,8 @@ def left_by(losses, controls, cov):
 
 
 def average_left(net, pool, num, g, scale=1.0, levels=6):
-    """{name: left} over EDM's training noise: of the sum of variances at its quantiles, each with
-    the best beta."""
+    """{name: left}, at its best beta: variances summed over quantiles of EDM's training noise, over
+    DSM's."""
     left, whole = {}, 0
     u = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
     for sigma in EDM().training_sigma(u).tolist():
