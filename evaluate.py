@@ -1177,13 +1177,13 @@ def draw_levels(path, table, title):
     left.yaxis.set_major_formatter("{x:g}")                                     # .2, not 2 x 10^-1
     left.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
     left.yaxis.set_minor_formatter("{x:g}")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower left")
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
     right.set(xlabel="noise level sigma", ylim=(0, 1),
               ylabel="share of DSM's loss that is noise, at least")
     page.suptitle(title)
     page.savefig(path, dpi=100)
-    print(path)
+    print(f"picture     {path}")
 
 
 def draw_curve(folder):
