@@ -1171,8 +1171,8 @@ def draw_levels(path, table, title):
     sigma, dsm, stf, _ = zip(*table)
     page = figure.Figure(figsize=(9, 3.6), layout="tight")
     left, right = page.subplots(1, 2)
-    left.loglog(sigma, dsm, label="DSM: against x0")
-    left.loglog(sigma, stf, "--", label="STF: against x0's mean given the references")
+    left.loglog(sigma, dsm, label="to x0: DSM")
+    left.loglog(sigma, stf, "--", label="to x0's mean: STF")
     left.set(xlabel="noise level sigma", ylabel="squared error of one network, weighted")
     left.yaxis.set_major_formatter("{x:g}")                                     # .2, not 2 x 10^-1
     left.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
