@@ -370,7 +370,7 @@ def grid(args):
     """Variance that a control of order 0 and 1 leaves, by depth, width, activation (TCV fig. 5).
 
     MLPs on a ring of 8 Gaussians, each trained on STF's target; over EDM's training noise, at each
-    noise level with the best factor.  About 4 minutes.
+    noise level with the best factor.  About 3 minutes.
     """
     networks = list(itertools.product(ACTIVATIONS, args.depth, args.width))
     pool, rows = points(), []
@@ -394,7 +394,7 @@ COMMANDS = {
                                                      10.0])),
     "converge": (converge, dict(levels=[0.01, 0.03, 0.1], training=2000, seeds=2)),
     "optimizers": (optimizers, dict(training=3000, num=300)),
-    "grid": (grid, dict(width=[16, 64, 256], depth=[1, 2, 3], training=1000, num=300))}
+    "grid": (grid, dict(width=[16, 64, 256], depth=[1, 2, 3], training=700, num=200))}
 
 if __name__ == "__main__":
     sys.exit(plot.main("taylor", COMMANDS))
