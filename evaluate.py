@@ -735,10 +735,12 @@ def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sched
         labels = draw_labels(seeds, options)
     else:
         labels, count = np.asarray(labels), len(options.classes)
+        if not count:
+            raise BadInput("the run is not class-conditional; leave labels out")
         whole_numbers = labels.shape == (len(seeds),) and labels.dtype.kind in "iu"
         if not whole_numbers or labels.min() < 0 or labels.max() >= count:
             raise BadInput(f"labels must be {len(seeds)} whole numbers, one for each seed, below "
-                           f"{count}, the number of classes that the run was told")
+                           f"{count}, the number of classes")
         labels = torch.from_numpy(labels)
     D = denoiser if guide == 1 else samplers.guidance(denoiser, denoiser, guide)
     for i in range(0, len(seeds), batch):

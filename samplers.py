@@ -293,8 +293,8 @@ def ddim(denoise, x, sigma, noise=None, eta=0.0, covariance=None, cap=None, call
         x <- D + k (x - D) + sqrt(w + (1 - k)^2 Cov[x0 | x]) noise      from sigma_i = a to
         w = eta^2 (b/a)^2 (a^2 - b^2),    k = sqrt(b^2 - w)/a           sigma_{i+1} = b
 
-    In the published frame w is sigma_tau^2 = eta^2 (1 - ab')/(1 - ab) (1 - ab/ab'), DDIM eq. 16,
-    times 1/ab', with ab = 1/(1 + a^2) and ab' = 1/(1 + b^2).
+    With ab = 1/(1 + a^2) and ab' = 1/(1 + b^2), w is 1/ab' times the variance of DDIM eq. 16,
+    eta^2 (1 - ab')/(1 - ab) (1 - ab/ab').
     covariance(x, sigma, D) -> Cov[x0 | x], to broadcast to x; None is 0, as published for DDIM.
     cap: limits the noise of the last noisy step, to the smallest sigma > 0, to a mean |noise| of
     cap grey levels (2/255 each), sqrt(w + ...) <= sqrt(1 + b^2) cap (2/255) sqrt(pi/2): for images

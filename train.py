@@ -995,9 +995,10 @@ def memory_needed(options):
     elif hasattr(os, "sysconf"):                          # not on Windows
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
     if needed > there:
+        fit = math.floor(at_once * there / needed)
+        cure = f"--micro-batch of at most {fit}" if fit else "smaller --width or --size"
         raise BadInput(f"the activations of {at_once} samples take about {needed:,.0f} GiB, and "
-                       f"{options.device} has {there:,.0f}; choose a --micro-batch below "
-                       f"{math.floor(at_once * there / needed)}")
+                       f"{options.device} has {there:,.0f}; choose a {cure}")
     return needed
 
 

@@ -213,9 +213,8 @@ def churn(args):
     Where S_tmin <= sigma <= S_tmax, a step first adds noise, S_noise times what raises sigma by the
     share gamma = min(S_churn/N, sqrt(2) - 1).  Columns: all: limits and S_noise as given; interval:
     S_noise = 1; S_noise: no limits; neither: no limits and S_noise = 1; SDE: Euler-Maruyama.  The
-    paper: with all on, noise helps at a large NFE and harms at a small one;
-    Euler-Maruyama is far behind.  sd: over runs, of all but SDE.  5 minutes on one core, and the
-    runs.
+    paper: with all on, noise helps at a large NFE and harms at a small one; Euler-Maruyama is far
+    behind.  sd: over runs, of all but SDE.  5 minutes on one core, and the runs.
     """
     judges, rows, panels = judges_of(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)

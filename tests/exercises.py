@@ -62,8 +62,8 @@ BUGS = [
          a="test_control_has_mean_zero_over_the_noise_whatever_the_dropout_masks",
          b="test_control_and_its_gradient_have_mean_zero_over_the_design",
          c="test_edm_untrained", d="test_remainder_of_order_k_falls_as_h_to_the_k_plus_1",
-         fails="b", hint="""The trace does not depend on the noise: does a test see it that only
-         measures how much the loss varies? And of which order is the control of each test?""",
+         fails="b", hint="""The trace does not depend on the noise. Does a test that measures only
+         how much the loss varies see the trace? And of which order is the control of each test?""",
          why="""noise.J noise has the mean tr J. If tr J is not taken off, the control has a mean,
          and loss - beta control has a bias. (a) asks for that mean too, but at order 0, which
          has no trace. (c)

@@ -579,3 +579,6 @@ def test_labels_that_do_not_fit_the_seeds_or_the_classes_are_refused(labels):
                               label_dropout=0)
     with pytest.raises(BadInput, match="labels must be 4 whole numbers"):
         evaluate.generate(None, options, range(4), labels=labels)
+    options.classes = ()
+    with pytest.raises(BadInput, match="not class-conditional"):
+        evaluate.generate(None, options, range(4), labels=labels)

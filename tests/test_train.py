@@ -408,7 +408,7 @@ BAD = [                               # a command line, and words of the sentenc
     ("--batch 0", "--batch 0 is not within [1, 65536]"), ("--batch 3000000000", "--batch"),
     ("--steps many", "--steps"), ("--lr 1e30", "--lr"), ("--lr nan", "--lr"),
     ("--beta2 1", "--beta2"), ("--width 5", "--width"), ("--mult 1,x", "--mult"),
-    ("--width 2048 --batch 65536", "choose a --micro-batch below"), ("--mult 0,1", "--mult"),
+    ("--width 2048 --batch 65536", "choose a --micro-batch of at most"), ("--mult 0,1", "--mult"),
     ("--attend 2 --mult 1,1", "--attend"),
     ("--mult 1,1,1,1,1", "choose another --size, --width or --mult"), ("--arch mlp", "--arch mlp"),
     ("--label-dropout 0.1", "--label-dropout needs --cond"), ("--device abacus", "--device abacus"),
