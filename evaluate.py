@@ -1,7 +1,7 @@
 """evaluate.py: data sets, the network of a run, its samples, and how good they are.
 
     python evaluate.py sample RUN --sampler heun --steps 18      a picture of samples
-    python evaluate.py fid RUN|IMAGES                            distance to the data: FID, IS
+    python evaluate.py fid RUN                                   distance to the data
     python evaluate.py levels RUN                                loss at each noise level
 
 From Python:
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import tarfile
 import time
@@ -104,8 +103,8 @@ def total(x):
 
 # ---- Data sets -----------------------------------------------------------------------------------
 
-IN_MEMORY_BYTES = 4 << 30        # a larger set is decoded once, into a memory-mapped cache file
-POINT_SETS = ("two-gaussians", "two-gaussians-64d", "ring", "checkerboard", "swiss-roll")
+LARGE_FILE = 4 << 30             # bytes; a larger .npy stays on disk and is memory-mapped
+POINT_SETS = ("two-gaussians", "two-gaussians-64d", "ring")
 BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
            ".pgm")
@@ -122,7 +121,7 @@ MNIST_MD5 = {"train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
 
 @dataclass
 class Dataset:
-    x: np.ndarray           # uint8 (N, C, H, W), in memory or memory-mapped; or float32 (N, d)
+    x: np.ndarray           # uint8 (N, C, H, W) or float32 (N, d); on disk, if a large .npy
     labels: np.ndarray      # int64 (N,), each within range(len(classes)); or None
     classes: list           # the names of the classes that occur; [] without labels
     name: str               # short, fit for a folder's name
@@ -135,15 +134,15 @@ def load_data(name, size=None, data_dir="data", fresh=None):
 
     Names: BUILT_IN; 'cifar10' and 'mnist' are looked for in data_dir, else downloaded to it.
     Paths: a folder or a .zip of images (sub-folder = class; or labels in a dataset.json, as EDM's
-    code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz, its folder or one
-    .bin, an idx images file or its folder.
+    code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz or its folder, an
+    idx images file or its folder.
     size: crops each image to its central square, then resizes it to size x size.
     fresh: draw so many new rows, none of load_data(name)'s, of a set that is drawn here.
     """
     if name in ("digits", *POINT_SETS):
         more = dict(n=fresh, seed=1) if fresh else {}
         made = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
-        return build(name, f"the built-in set {name}", data_dir, size, *made)
+        return build(name, f"the built-in set {name}", size, *made)
     path = find_built_in(name, Path(data_dir)) if name in BUILT_IN else Path(name)
     if not name or not os.path.exists(path):       # Path("") would be the current folder
         raise BadInput(f"there is no file, folder or data set {name!r}; "
@@ -152,23 +151,23 @@ def load_data(name, size=None, data_dir="data", fresh=None):
     short = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:40] or "data"
     file = cifar_folder(path) or find_idx(path) or path
     kind = "" if file.is_dir() else file.name.lower()
-    if cifar_folder(file) or kind.endswith((".tar.gz", ".tgz", ".tar", ".bin")):
+    if cifar_folder(file) or kind.endswith((".tar.gz", ".tgz", ".tar")):
         read = read_cifar
     elif "idx3-ubyte" in kind:
         read = read_idx
     elif kind.endswith((".npz", ".npy")):
         read = read_numpy
     elif not kind or kind.endswith(".zip"):
-        read = partial(read_images, size=size, cache=f"{data_dir}/cache/{short}")
+        read = partial(read_images, size=size)
     else:
         raise BadInput(f"{path} is of no known kind; give a folder or a .zip of images "
-                       f"({' '.join(ENDINGS)}), .npz, .npy, a CIFAR-10 .tar.gz or .bin, or an "
+                       f"({' '.join(ENDINGS)}), .npz, .npy, CIFAR-10's .tar.gz, or an "
                        "idx3-ubyte file")
     cure = "check that it is whole, and that you may read it"
-    return build(short, path, data_dir, size, *attempt(file, cure, read, file))
+    return build(short, path, size, *attempt(file, cure, read, file))
 
 
-def build(name, where, data_dir, size, x, labels=None, classes=()):
+def build(name, where, size, x, labels=None, classes=()):
     """The Dataset of points (N, d) or images (N, C, H, W); classes: names of labels 0, 1, ..."""
     if len(x) < 4:
         raise BadInput(f"{where} holds {len(x)} images or points, and a data set needs at least 4; "
@@ -188,9 +187,8 @@ def build(name, where, data_dir, size, x, labels=None, classes=()):
         def read(i):
             return picture(images[i])
         images, names = x, [f"image {i} of {where}" for i in range(len(x))]
-        x = gather(names, read, size, f"{data_dir}/cache/{name}-{fingerprint(x, size)}.npy")
-    if not isinstance(x, np.memmap):
-        x = np.require(x, requirements="CW")       # contiguous, writable: torch wants it so
+        x = gather(names, read, size)
+    x = np.require(x, requirements="CW")           # contiguous, writable: torch wants it so
     what = (f"points in {x.shape[1]} dimensions" if x.ndim == 2 else
             f"{'RGB' if x.shape[1] == 3 else 'gray'} images {x.shape[2]}x{x.shape[3]}")
     names = f", {len(classes)} classes: {', '.join(classes[:10])}" if classes else ""
@@ -198,58 +196,36 @@ def build(name, where, data_dir, size, x, labels=None, classes=()):
     return Dataset(x, labels, list(classes), name, source, fingerprint(x, labels))
 
 
-def fingerprint(x, labels=None):
-    """12 hex digits of the rows x and the labels; of a large set, of 10,000 rows evenly spaced."""
+def fingerprint(x, labels):
+    """12 hex digits of the content."""
     digest = hashlib.sha256(repr((x.shape, x.dtype.str)).encode())
-    if x.nbytes > IN_MEMORY_BYTES:
-        x = x[np.linspace(0, len(x) - 1, 10_000).astype(int)]
     for part in (x, labels):
         array = isinstance(part, np.ndarray)
         digest.update(np.ascontiguousarray(part) if array else repr(part).encode())
     return digest.hexdigest()[:12]
 
 
-def gather(names, read, size, cache, channels=None):
+def gather(names, read, size):
     """The images of these names as one uint8 array (n, C, H, W); read(i) gives a PIL image.
 
-    C is 3 if any image has colour.  Above IN_MEMORY_BYTES the array is the memory-mapped file
-    `cache`, which gets its name only when it is complete: one that exists is used as it is, and
-    two processes do no harm.
+    C is 3 if any image has colour.
     """
     def image(i):
         return decode(read(i), size)
 
-    cache, cure = Path(cache), "replace it or remove it"
-    if cache.exists():
-        return attempt(cache, "delete it", np.lib.format.open_memmap, cache, "c")
-    n, first = len(names), attempt(names[0], cure, image, 0)
-    shape = (n, channels or len(first), *first.shape[1:])
-    bytes, told = math.prod(shape), Progress("reading images", n)
-    large, part = bytes > IN_MEMORY_BYTES, Path(f"{cache}.{os.getpid()}.part")
-    if large:
-        attempt(cache.parent, "choose another --data-dir", os.makedirs, cache.parent, exist_ok=True)
-        if bytes + 4096 > shutil.disk_usage(cache.parent).free:        # writing ends the process
-            raise BadInput(f"{cache.parent} has no room for {bytes:,} bytes; choose another "
-                           "--data-dir")
-    x = np.lib.format.open_memmap(part, "w+", np.uint8, shape) if large else \
-        np.empty(shape, np.uint8)
-    try:
-        for i in range(n):
-            y = attempt(names[i], cure, image, i)
-            if y.shape[1:] != shape[2:] or shape[2] != shape[3]:
-                raise BadInput(f"{names[i]} is {y.shape[2]}x{y.shape[1]}, and all must be square "
-                               "and of one size; give --size N to crop and resize them")
-            if len(y) > shape[1]:                  # the first colour after gray: start over
-                return gather(names, read, size, cache, channels=3)
-            x[i] = y
-            told(i + 1)
-        if large:
-            x.flush()
-            os.replace(part, cache)
-    finally:
-        if large:
-            part.unlink(missing_ok=True)
-    return np.lib.format.open_memmap(cache, "c") if large else x
+    told = Progress("reading images", len(names))
+    for i, name in enumerate(names):
+        y = attempt(name, "replace it or remove it", image, i)
+        if i == 0:
+            x = np.empty((len(names), *y.shape), np.uint8)
+        if y.shape[1:] != x.shape[2:] or y.shape[1] != y.shape[2]:
+            raise BadInput(f"{name} is {y.shape[2]}x{y.shape[1]}, and all must be square and of "
+                           "one size; give --size N to crop and resize them")
+        if len(y) > x.shape[1]:                    # the first colour after gray
+            x = np.repeat(x, 3, axis=1)
+        x[i] = y
+        told(i + 1)
+    return x
 
 
 def decode(image, size):
@@ -327,8 +303,8 @@ def members(path):
     return parts, content
 
 
-def read_images(path, size, cache):
-    """Of a folder or a zip of images; cache: how the path of gather's `cache` begins."""
+def read_images(path, size):
+    """Of a folder or a zip of images."""
     parts, content = members(path)
     table = next((name for name, p in parts.items() if p == ["dataset.json"]), None)
     names = [name for name, p in parts.items() if p[-1] != "dataset.json"]
@@ -348,10 +324,7 @@ def read_images(path, size, cache):
                        "each into the sub-folder of its class")
     elif 1 not in depths and names:
         classes, labels = np.unique([parts[name][0] for name in names], return_inverse=True)
-    stats = [os.stat(path / name) for name in names] if path.is_dir() else [os.stat(path)]
-    key = repr((names, size, [(stat.st_size, stat.st_mtime_ns) for stat in stats]))
-    cache = f"{cache}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
-    x = gather([f"{path}/{name}" for name in names], read, size, cache) if names else ()
+    x = gather([f"{path}/{name}" for name in names], read, size) if names else ()
     return x, labels, list(classes)
 
 
@@ -369,8 +342,8 @@ def json_labels(content, names):
 def read_numpy(path):
     """x, labels of an .npy or .npz: points (N, d), images (N, H, W[, C]) or (N, C, H, W)."""
     if path.suffix.lower() == ".npy":
-        x, labels = np.lib.format.open_memmap(path, "c"), None
-        x = x if x.nbytes > IN_MEMORY_BYTES else np.array(x)           # a large one stays on disk
+        how = "c" if path.stat().st_size > LARGE_FILE else None
+        x, labels = np.load(path, mmap_mode=how, allow_pickle=False), None
     else:
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays:
@@ -394,22 +367,21 @@ def read_numpy(path):
 
 
 def read_cifar(path):
-    """Of CIFAR-10's tar, folder or one .bin: the training batches, or without them the test batch.
+    """Of CIFAR-10's tar or folder: the training batches, or without them the test batch.
 
     A record is a byte of label and 3072 bytes: a red, a green, a blue plane, 32 rows each.
     """
     files = {}
-    if path.is_file() and path.suffix.lower() != ".bin":
+    if path.is_dir():
+        for name in CIFAR_FILES:
+            if (path / name).is_file():
+                files[name] = (path / name).read_bytes()
+    else:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = member.name.split("/")[-1]
                 if name in CIFAR_FILES and member.isfile():
                     files[name] = archive.extractfile(member).read()
-    else:
-        folder = path if path.is_dir() else path.parent
-        for name in CIFAR_FILES if path.is_dir() else (path.name, "batches.meta.txt"):
-            if (folder / name).is_file():
-                files[name] = (folder / name).read_bytes()
     classes = files.pop("batches.meta.txt", b"").decode().split()
     batches = sorted(name for name in files if name.startswith("data_batch")) or list(files)
     if not batches:
@@ -513,32 +485,23 @@ def digits(n=10_000, seed=0):
 
 
 def points(name, n=20_000, seed=0):
-    """n points of a toy set, float32 (n, d), and their labels, int64 (n,), or None.
+    """n points of a toy set, float32 (n, d), and their labels, int64 (n,).
 
     Mean about 0 and standard deviation about 0.5, EDM's sigma_data, in every coordinate.
     two-gaussians: means +-0.48 in every coordinate, deviation 0.14 (0.48^2 + 0.14^2 = 0.5^2),
     the component is the label; in 64 dimensions a mixture such as STF section 6.1 measures on.
     ring: 8 Gaussians of deviation 0.07 on a circle, numbered round it; the number is the label.
-    checkerboard: uniform on the 8 squares of one colour of a 4x4 board.  swiss-roll: a spiral.
     """
-    rng, labels = np.random.default_rng(seed), None
+    rng = np.random.default_rng(seed)
     if name.startswith("two-gaussians"):
         labels = rng.permutation(np.arange(n, dtype=np.int64) % 2)
         z = rng.standard_normal((n, 64 if name.endswith("64d") else 2))
         x = 0.48 * (2 * labels[:, None] - 1) + 0.14 * z
-    elif name == "ring":
+    else:
         labels = rng.permutation(np.arange(n, dtype=np.int64) % 8)
         angle = labels[:, None] * np.pi / 4
         radius = (2 * (0.5 ** 2 - 0.07 ** 2)) ** 0.5                  # a coordinate has half of r^2
         x = radius * np.hstack([np.cos(angle), np.sin(angle)]) + 0.07 * rng.standard_normal((n, 2))
-    elif name == "checkerboard":
-        row, pair = rng.integers(0, 4, n), rng.integers(0, 2, n)
-        square = np.stack([row, 2 * pair + row % 2], 1)
-        x = (square + rng.uniform(0, 1, (n, 2)) - 2) * 3 ** 0.5 / 4    # U(-2, 2) has sd 2/sqrt(3)
-    else:
-        angle = rng.uniform(1.5 * np.pi, 4.5 * np.pi, (n, 1))
-        x = angle * np.hstack([np.cos(angle), np.sin(angle)]) + 0.25 * rng.standard_normal((n, 2))
-        x = (x - x.mean(0)) / x.std(0) * 0.5
     return x.astype(np.float32), labels
 
 
@@ -766,11 +729,8 @@ def draw(denoise, x, labels, noise, sampler, schedule, t, choices, callback=None
     def head(x, sigma):
         return heads[0]
 
-    covariance = variance if callable(variance) else None
-    if variance == "sn":
-        covariance = samplers.sn_covariance(head)
-    if variance == "npr":
-        covariance = samplers.npr_covariance(head)
+    covariances = dict(sn=samplers.sn_covariance(head), npr=samplers.npr_covariance(head))
+    covariance = variance if callable(variance) else covariances.get(variance)
     more = dict(callback=callback)
     if sampler == "euler":
         return samplers.euler(D, start, t, schedule, **more)
@@ -959,9 +919,9 @@ INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 def extractor(kind, shape, data_dir="data", device="cpu"):
     """(name, extract) of "pixels" or "inception", whose name has its weights' sha256 in it.
 
-    extract: images (n, *shape) uint8, or points -> features (n, d) float64 on the CPU, and the
-    probabilities of classes (n, 1008) or None.  Pixels are averaged down to at most 16 x 16.
-    Inception's file is looked for in data_dir, else downloaded to it.
+    extract: images (n, *shape) uint8, or points -> features (n, d) float64 on the CPU.  Pixels are
+    averaged down to at most 16 x 16.  Inception's file is looked for in data_dir, else downloaded
+    to it.
     """
     if kind == "inception" and len(shape) == 1:
         raise BadInput("Inception's features are of images; choose pixels for points")
@@ -970,7 +930,7 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
             x = to_float(x)
             if x.ndim == 4 and x.shape[-1] > 16:
                 x = torch.nn.functional.adaptive_avg_pool2d(x, 16)
-            return x.flatten(1).double(), None
+            return x.flatten(1).double()
         return kind, extract_pixels
     try:
         path = download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256")
@@ -988,31 +948,29 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
         flags = torch.backends.cudnn, torch.backends.cuda.matmul
         before = [flag.allow_tf32 for flag in flags]
         flags[0].allow_tf32 = flags[1].allow_tf32 = False              # it keeps 3 digits of 7
-        pool3, logits = network(x.to(device).expand(-1, 3, -1, -1))    # gray: three times the same
+        pool3, _ = network(x.to(device).expand(-1, 3, -1, -1))         # gray: three times the same
         flags[0].allow_tf32, flags[1].allow_tf32 = before
-        return pool3.cpu().double(), logits.softmax(1).cpu()
+        return pool3.cpu().double()
     return f"inception {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", extract
 
 
 @torch.no_grad()
 def measure(batches, extract, count):
-    """Mean (d,), covariance (d, d) and class probabilities, or None, of batches of `count` rows.
+    """Mean (d,) and covariance (d, d) of the features of batches of `count` rows in all.
 
-    Every rank brings its own batches and gets the moments of all; probabilities are its own.
+    Every rank brings its own batches and gets the moments of all.
     """
-    n, x, xx, classes = torch.zeros((), dtype=torch.float64), 0, 0, []
+    n, x, xx = torch.zeros((), dtype=torch.float64), 0, 0
     told = Progress("measuring samples", count)
     for batch in batches:
-        features, p = extract(torch.from_numpy(to_uint8(batch)))
+        features = extract(torch.from_numpy(to_uint8(batch)))
         n, x, xx = n + len(batch), x + features.sum(0), xx + features.T @ features
-        classes.append(p)
         told(int(n))
     n, x, xx = total(n), total(x), total(xx)
     if not xx.isfinite().all():
         raise FloatingPointError("the features are not finite: damaged weights, or samples")
     mean = x / n
-    cov = (xx - n * mean.outer(mean)) / (n - 1)
-    return mean, cov, None if classes[0] is None else torch.cat(classes)
+    return mean, (xx - n * mean.outer(mean)) / (n - 1)
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1041,21 +999,11 @@ def distance_name(features, n):
     return f"{kind}_{n // 1000}k" if n % 1000 == 0 else f"{kind}_{n}"
 
 
-def inception_score(p, splits=10):
-    """exp E_x KL(p(y|x) || p(y)) (Salimans et al. 2016) of p(y|x) (n, classes), by consecutive
-    splits: mean and standard deviation.  From 1 to the number of classes; more is better."""
-    parts = p.double().tensor_split(min(splits, len(p)))
-    values = [(torch.xlogy(q, q) - torch.xlogy(q, q.mean(0))).sum(1).mean().exp() for q in parts]
-    values = torch.stack(values)
-    return values.mean().item(), values.std(correction=0).item()
-
-
 def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
     """What `num` samples are compared with: at most `most` random rows of the data, as a dict.
 
     features: of extractor.  mean, cov and n are those of all these rows; floor, the distance of num
-    of them to the others, is what perfect samples reach (NaN with fewer than 2 num rows); classes
-    are the class probabilities of these num, or of all rows where floor is NaN.
+    of them to the others, is what perfect samples reach (NaN with fewer than 2 num rows).
     """
     rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:most]
     rank, world = ranks()
@@ -1064,12 +1012,11 @@ def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
         mine = rows[rank::world]
         batches = (torch.from_numpy(data.x[part.numpy()]) for part in mine.split(batch))
         return measure(batches, features[1], len(mine))
-    mean, cov, classes = moments(rows)
+    mean, cov = moments(rows)
     floor = math.nan
     if 2 * num <= len(rows):
-        some_mean, some_cov, classes = moments(rows[:num])
-        floor = frechet_distance(some_mean, some_cov, *moments(rows[num:])[:2])
-    return dict(mean=mean, cov=cov, n=len(rows), floor=floor, classes=classes)
+        floor = frechet_distance(*moments(rows[:num]), *moments(rows[num:]))
+    return dict(mean=mean, cov=cov, n=len(rows), floor=floor)
 
 
 def run_distance(denoiser, options, num, features, real, **how):
@@ -1080,8 +1027,7 @@ def run_distance(denoiser, options, num, features, real, **how):
     rank, world = ranks()
     seeds, batch = range(num)[rank::world], 64 if len(options.shape) > 1 else 4096
     samples = drawn(denoiser, options, seeds, batch=batch, **how)
-    mean, cov, _ = measure(samples, features[1], len(seeds))
-    return frechet_distance(mean, cov, real["mean"], real["cov"])
+    return frechet_distance(*measure(samples, features[1], len(seeds)), real["mean"], real["cov"])
 
 
 # ---- Loss by noise level -------------------------------------------------------------------------
@@ -1284,46 +1230,34 @@ def sample(args):
 
 
 def fid(args):
-    """evaluate.py fid: Frechet distance and IS of samples, beside those of real images."""
-    device, size = pick_device(args.device), args.size
-    if os.path.isfile(f"{args.run}/options.json") or args.run.endswith(".pt"):
-        denoiser, options = open_run(args)
-        how, text = sampling(args, denoiser, options)
-        num, shape = args.num or (2000 if len(options.shape) > 1 else 4000), options.shape
-        size = options.size if size is None else size
-        seeds = range(args.seed, args.seed + num)
-        batches = drawn(denoiser, options, seeds, batch=args.batch, **how)
-        text = f"{args.run} at step {options.step}, {text}"
-    elif not args.ref:
-        raise BadInput(f"{args.run} is no run, or does not exist; name a folder that train.py "
-                       "made, or images, and with --ref others to compare them with")
+    """evaluate.py fid: the Frechet distance of a run's samples to the data, beside the floor."""
+    denoiser, options = open_run(args)
+    how, text = sampling(args, denoiser, options)
+    shape, images = tuple(options.shape), len(options.shape) > 1
+    num = args.num or (2000 if images else 4000)
+    if args.ref:
+        data = load_data(args.ref, shape[-1] if images else None, args.data_dir)
     else:
-        data = load_data(args.run, size, args.data_dir)
-        text, shape, num = data.source, data.x.shape[1:], args.num or len(data.x)
-        if num > len(data.x):
-            raise BadInput(f"--num {num} is more than the {len(data.x)} images there are")
-        batches = torch.from_numpy(data.x[:num]).split(args.batch)
-    data = load_data(args.ref, size, args.data_dir) if args.ref else run_data(options)
-    if tuple(data.x.shape[1:]) != tuple(shape):
-        raise BadInput(f"{data.name} has images of shape {tuple(data.x.shape[1:])}, and the "
-                       f"samples are {tuple(shape)}; choose another --ref or --size")
-    kind = args.features or ("inception" if len(shape) > 1 else "pixels")
-    features = extractor(kind, shape, args.data_dir, device)
+        data = run_data(options)
+    if data.x.shape[1:] != shape:
+        raise BadInput(f"{data.name} has rows of shape {data.x.shape[1:]}, and the samples are "
+                       f"{shape}; choose another --ref")
+    kind = args.features or ("inception" if images else "pixels")
+    features = extractor(kind, shape, args.data_dir, options.device)
     real = real_statistics(data, num, features, args.seed, len(data.x), args.batch)
-    mean, cov, classes = measure(batches, features[1], num)
-    distance = frechet_distance(mean, cov, real["mean"], real["cov"])
-    print(f"{text}\ncompared with {data.source}, fingerprint {data.fingerprint}\n"
+    seeds = range(args.seed, args.seed + num)
+    samples = drawn(denoiser, options, seeds, batch=args.batch, **how)
+    distance = frechet_distance(*measure(samples, features[1], num), real["mean"], real["cov"])
+    print(f"{args.run} at step {options.step}, {text}\n"
+          f"compared with {data.source}, fingerprint {data.fingerprint}\n"
           f"features of {features[0]}\n\n"
           f"{'':20}{f'{num} samples':>20}{f'{num} real (floor)':>20}\n"
           f"{distance_name(features[0], num):20}{distance:20.4g}{real['floor']:20.4g}")
     if math.isnan(real["floor"]):
         print(f"no floor: it takes {2 * num} real rows")
-    if classes is not None:
-        cells = ["{:.4g} +- {:.2g}".format(*inception_score(p)) for p in (classes, real["classes"])]
-        print(f"{'IS':20}{cells[0]:>20}{cells[1]:>20}")
-    if min(num, real["n"]) < len(mean):
-        print(f"warning: the covariance of {min(num, real['n'])} rows in {len(mean)} dimensions is "
-              "singular; compare numbers of the same count only")
+    if min(num, real["n"]) < len(real["mean"]):
+        print(f"warning: the covariance of {min(num, real['n'])} rows in {len(real['mean'])} "
+              "dimensions is singular; compare numbers of the same count only")
     if features[0] not in ("pixels", f"inception {SHA256}"):
         print("warning: these are not the published weights; compare numbers of the same weights "
               "only")
@@ -1369,11 +1303,10 @@ examples:
   python evaluate.py fid runs/000-digits-stf-edm --features pixels --num 1000""")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="draw samples of a run")
-    fid = commands.add_parser("fid", help="the distance of samples, or of images, to the data")
+    fid = commands.add_parser("fid", help="the distance of a run's samples to the data")
     levels = commands.add_parser("levels", help="the loss at each noise level")
     for add in (sample.add_argument, fid.add_argument, levels.add_argument):
-        add("run", metavar="RUN", help="folder that train.py made, or one of its checkpoints" +
-            ("; or any images, with --ref" if add == fid.add_argument else ""))
+        add("run", metavar="RUN", help="folder that train.py made, or one of its checkpoints")
         add("--weights", default="ema", metavar="NAME", help="ema (the run's first average), raw, "
             "or another of its half-lives (default: ema)")
         add("--data", metavar="PATH", help="the data of RUN, if they are no longer where they were")
@@ -1401,8 +1334,7 @@ examples:
     sample.add_argument("--gif", action="store_true", help="also save the steps as a moving .gif")
     sample.add_argument("--class", dest="label", metavar="NAME", help="draw this class only")
     add = fid.add_argument
-    add("--ref", metavar="PATH", help="images to compare with (default: the data of RUN)")
-    add("--size", type=number(int, 1), metavar="N", help="crop and resize all images to N x N")
+    add("--ref", metavar="PATH", help="other data to compare with, resized as those of RUN")
     add("--features", choices=["inception", "pixels"], help="what the distance is measured on "
         "(default: inception for images, pixels for points)")
     add("--data-dir", default="data", metavar="FOLDER", help="folder of downloads, such as "

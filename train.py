@@ -62,10 +62,9 @@ class Options:
     """What can be chosen of a run.  None: by the kind of data (see KINDS), or as the help says."""
 
     # data; used in evaluate.load_data and draw_batch
-    data: str = option("digits", "digits, two-gaussians, two-gaussians-64d, ring, checkerboard, "
-                       "swiss-roll, cifar10 or mnist; or the path of a folder (sub-folder = "
-                       "class), .zip, .npz or .npy")
-    data_dir: str = option("data", "folder of downloads and caches")
+    data: str = option("digits", "digits, two-gaussians, two-gaussians-64d, ring, cifar10 or "
+                       "mnist; or the path of a folder (sub-folder = class), .zip, .npz or .npy")
+    data_dir: str = option("data", "folder of downloads")
     size: int = option(None, "crop and resize the images to N x N", 1)
     holdout: int = option(None, "hold out every N-th row, to measure the error on; 0: none; "
                           "built-in sets draw new rows instead", 0)
@@ -382,32 +381,17 @@ def training_count(N, holdout):
     return N - N // holdout if holdout else N
 
 
-def distinct(n, N, g):
-    """n different numbers below N, in random order; with repetitions where n > N.
-
-    The first of them do not depend on n.  For large N the time is O(n); a permutation takes O(N).
-    """
-    if n > N:
-        return torch.randint(N, (n,), generator=g)
-    if N < 100_000:
-        return torch.randperm(N, generator=g)[:n]
-    drawn = first = np.empty(0, np.int64)
-    while len(first) < n:
-        drawn = np.append(drawn, torch.randint(N, (2 * n,), generator=g).numpy())
-        first = np.sort(np.unique(drawn, return_index=True)[1])     # where each number comes first
-    return torch.from_numpy(drawn[first[:n]])
-
-
 def draw_batch(pixels, labels, options, schedule, step):
     """The Batch of a step, from the data's rows (N, ...) and labels (N,), or None.
 
     The references are different rows, but where the batch is larger than the data.  Each of them is
-    as likely as any other to be a source: that keeps STF unbiased.
+    as likely as any other to be a source: that keeps STF unbiased.  The sources do not depend on n.
     """
     B, K, device, stf = options.batch, options.K, options.device, options.loss in STABLE_LOSSES
     n = options.ref_batch if stf else B
     N = training_count(len(pixels), options.holdout)
-    rows = distinct(n, N, generator(options.seed, step, 0))                       # (n,)
+    g = generator(options.seed, step, 0)
+    rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
     if options.holdout:
         rows = rows + rows // (options.holdout - 1)            # passes over every holdout-th row
     g = generator(options.seed, step, 4)
@@ -415,9 +399,7 @@ def draw_batch(pixels, labels, options, schedule, step):
     flip = torch.rand(n, generator=g) < 0.5 if options.xflip else None
     sigma = schedule.training_sigma(u)                                            # (B,)
 
-    whole = stf and n == N == len(pixels) and flip is None     # the set as it lies, without a copy
-    taken = rows[:B] if whole else rows
-    x = pixels[taken.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
+    x = pixels[rows.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
     if flip is not None:
         flip = flip.to(device, non_blocking=True)[:, None, None, None]
         x = torch.where(flip, x.flip(-1), x)
@@ -425,9 +407,9 @@ def draw_batch(pixels, labels, options, schedule, step):
     if options.cond:
         batch.labels = labels[rows[:B]]
     if stf:
-        batch.reference = pixels.to(device, non_blocking=True) if whole else x    # (n, ...)
+        batch.reference = x                                                       # (n, ...)
         if options.cond:
-            batch.reference_labels = labels if whole else labels[rows]
+            batch.reference_labels = labels[rows]
     if options.augment:
         batch.a = draw_augmentation(B, options.augment, generator(options.seed, step, 2))
         batch.x0 = augment(batch.x0, batch.a)

@@ -114,7 +114,7 @@ INCEPTION = "evaluate fid images --num 4 --steps 1"
 OPTIONS = {name: (None, *case) for name, case in {
     "Inception for points": (f"{NEW} --fid-every 1 --fid-features inception", "pixels for points"),
     "more steps than levels": (f"{NEW} --schedule ddpm --sample-steps 1001", "choose fewer"),
-    "a cache in a file": ("train --data cifar10 --data-dir points.npy", "--data-dir"),
+    "a folder of downloads in a file": ("train --data cifar10 --data-dir points.npy", "--data-dir"),
     "an unset variable, data": ([*NEW.split(), "--data", ""], "no file, folder or data set ''"),
     "an unset variable, run": (["train", "--resume", ""], "--resume"),
     "resume with another rate": (f"{RESUME} --lr 1", "cannot change --lr"),
@@ -130,10 +130,7 @@ OPTIONS = {name: (None, *case) for name, case in {
     "sample a class that is none": ("evaluate sample images --class cat", "choose one of 0, 1"),
     "sample a class of a run without": (f"{SAMPLE} --class 1", "leave the option out"),
     "sample weights that are none": (f"{SAMPLE} --weights 77", "raw, ema and 20000"),
-    "fid of nothing": ("evaluate fid nowhere", "nowhere is no run, or does not exist"),
-    "fid without reference": ("evaluate fid points.npy", "--ref"),
     "fid of other shapes": (f"{FID} --ref images.npz", "shape (3, 8, 8)"),
-    "fid of more than there are": ("evaluate fid points.npy --ref points.npy --num 21", "the 20"),
     "fid of points by Inception": (f"{FID} --features inception", "pixels for points"),
 }.items()}
 

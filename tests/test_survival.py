@@ -291,7 +291,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(capsys):
     for line, sentence in [("--lr 1", "--lr 1.0 (was 0.005)"), ("--steps 1", "--steps"),
                            ("--loss dsm", "--loss dsm (was taylor)"),
                            ("--out other", "--out other"),
-                           ("--data checkerboard", "other data"), ("--device abacus", "--device"),
+                           ("--data ring", "other data"), ("--device abacus", "--device"),
                            ("--micro-batch 0", "--micro-batch"), ("--keep 0", "--keep")]:
         argv = ["--resume", "run", "--steps", "3", *line.split()]
         assert sentence in refused(argv, capsys)

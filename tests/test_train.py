@@ -423,13 +423,14 @@ BAD = [                               # a command line, and words of the sentenc
     *((f"--data two-gaussians {option}", option.split()[0]) for option in (
         "--augment 0.1", "--xflip", "--size 8", "--arch unet", "--label-dropout 0.1 --cond",
         "--dropout 0.1", "--mult 1,2", "--attend 8")),
-    ("--data checkerboard --cond", "--cond: checkerboard has no labels")]
+    ("--data points.npy --cond", "--cond: points has no labels")]
 
 
 @pytest.mark.parametrize("line, sentence", BAD, ids=[line for line, _ in BAD])
 def test_bad_input_is_one_sentence_that_names_the_option_and_costs_nothing(line, sentence, folder,
                                                                            capsys):
     Path("corrupt.zip").write_bytes(b"PK\x03\x04 not a zip")
+    np.save("points.npy", np.zeros((9, 2), np.float32))
     Path("used").mkdir()
     Path("used/precious").write_text("thesis")
     before = sorted(folder.rglob("*"))
