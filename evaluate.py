@@ -982,10 +982,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     problem: no general matrix root, no complex numbers, singular C1, C2 allowed.
     mean (d,), cov (d, d) float64 -> float, in the features' squared units.
     """
-    A, singular = torch.linalg.cholesky_ex(cov1)                # a tenth of an eigendecomposition
-    if singular:
-        values, Q = torch.linalg.eigh(cov1)
-        A = Q * values.clamp(min=0).sqrt()
+    values, Q = torch.linalg.eigh(cov1)
+    A = Q * values.clamp(min=0).sqrt()
     root = torch.linalg.eigvalsh(A.T @ cov2 @ A).clamp(min=0).sqrt().sum()
     return float(((mean1 - mean2) ** 2).sum() + cov1.trace() + cov2.trace() - 2 * root)
 
