@@ -3,12 +3,6 @@
     python evaluate.py sample RUN --sampler heun --steps 18      a picture of samples
     python evaluate.py fid RUN                                   distance to the data
     python evaluate.py levels RUN                                loss at each noise level
-
-From Python:
-
-    load_data(name)                    -> Dataset: x, labels, classes, ...
-    load_run(folder)                   -> denoiser, options
-    generate(denoiser, options, seeds) -> samples, one for each seed
 """
 
 import argparse
@@ -22,7 +16,6 @@ import re
 import sys
 import tarfile
 import time
-import urllib.request
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -60,11 +53,29 @@ def attempt(what, cure, call, *args, **kwargs):
         raise BadInput(f"cannot use {what}: {why}; {cure}") from error
 
 
-def plain_streams():
-    """A class's name may have letters that the terminal has not: they become question marks."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+def status(program, command, cure):
+    """The exit status of command(); what a person can mend becomes one sentence on stderr.
+
+    cure: what to do where memory is too small.
+    """
+    for stream in (sys.stdout, sys.stderr):        # a class's name may have other letters than
+        if hasattr(stream, "reconfigure"):         # the terminal: they become question marks
             stream.reconfigure(errors="replace")
+    try:
+        command()
+        return 0
+    except (BadInput, OSError, FloatingPointError, MemoryError) as error:
+        if ranks()[0] == 0 or not isinstance(error, BadInput):     # outside `agree`, all have it
+            print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:                  # torch's, for lack of memory on any device
+        if "memory" not in str(error):
+            raise
+        print(f"{program}: out of memory; {cure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped", file=sys.stderr)
+        return 130
 
 
 class Progress:
@@ -109,14 +120,17 @@ BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
            ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no EPS: it starts Ghostscript
-CIFAR_HOME = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR_URLS = (CIFAR_HOME, f"https://web.archive.org/web/2023id_/{CIFAR_HOME}")
-CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt")
-MNIST_URLS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-              "https://storage.googleapis.com/cvdf-datasets/mnist/")
-MNIST_MD5 = {"train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-             "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873"}
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+KRIZ = "https://www.cs.toronto.edu/~kriz/"
+MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+         "https://storage.googleapis.com/cvdf-datasets/mnist/")
+DOWNLOADS = {          # file: (the addresses it is at, the first digits of its sha256)
+    "cifar-10-binary.tar.gz": ((KRIZ, f"https://web.archive.org/web/2023id_/{KRIZ}"),
+                               "c4a38c50a1bc5f3a"),
+    "train-labels-idx1-ubyte.gz": (MNIST, "3552534a0a558bbe"),
+    "train-images-idx3-ubyte.gz": (MNIST, "440fcabf73cc546f"),
+    INCEPTION: (("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",),
+                "6726825d")}
 
 
 @dataclass
@@ -134,8 +148,7 @@ def load_data(name, size=None, data_dir="data", fresh=None):
 
     Names: BUILT_IN; 'cifar10' and 'mnist' are looked for in data_dir, else downloaded to it.
     Paths: a folder or a .zip of images (sub-folder = class; or labels in a dataset.json, as EDM's
-    code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz or its folder, an
-    idx images file or its folder.
+    code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz, an idx3 file.
     size: crops each image to its central square, then resizes it to size x size.
     fresh: draw so many new rows, none of load_data(name)'s, of a set that is drawn here.
     """
@@ -143,28 +156,32 @@ def load_data(name, size=None, data_dir="data", fresh=None):
         more = dict(n=fresh, seed=1) if fresh else {}
         made = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
         return build(name, f"the built-in set {name}", size, *made)
-    path = find_built_in(name, Path(data_dir)) if name in BUILT_IN else Path(name)
-    if not name or not os.path.exists(path):       # Path("") would be the current folder
+    path = Path(name)
+    if name == "cifar10":
+        path = download("cifar-10-binary.tar.gz", data_dir)
+    elif name == "mnist":
+        download("train-labels-idx1-ubyte.gz", data_dir)     # first: never images without labels
+        path = download("train-images-idx3-ubyte.gz", data_dir)
+    if not name or not path.exists():              # Path("") would be the current folder
         raise BadInput(f"there is no file, folder or data set {name!r}; "
                        f"give --data a path or one of {', '.join(BUILT_IN)}")
     stem = name if name in BUILT_IN else path.resolve().name.split(".")[0]
     short = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:40] or "data"
-    file = cifar_folder(path) or find_idx(path) or path
-    kind = "" if file.is_dir() else file.name.lower()
-    if cifar_folder(file) or kind.endswith((".tar.gz", ".tgz", ".tar")):
-        read = read_cifar
-    elif "idx3-ubyte" in kind:
-        read = read_idx
-    elif kind.endswith((".npz", ".npy")):
-        read = read_numpy
-    elif not kind or kind.endswith(".zip"):
+    ending = path.name.lower()
+    if path.is_dir() or ending.endswith(".zip"):
         read = partial(read_images, size=size)
+    elif ending.endswith((".npz", ".npy")):
+        read = read_numpy
+    elif ending.endswith((".tar.gz", ".tgz", ".tar")):
+        read = read_cifar
+    elif "idx3-ubyte" in ending:
+        read = read_idx
     else:
         raise BadInput(f"{path} is of no known kind; give a folder or a .zip of images "
                        f"({' '.join(ENDINGS)}), .npz, .npy, CIFAR-10's .tar.gz, or an "
                        "idx3-ubyte file")
     cure = "check that it is whole, and that you may read it"
-    return build(short, path, size, *attempt(file, cure, read, file))
+    return build(short, path, size, *attempt(path, cure, read, path))
 
 
 def build(name, where, size, x, labels=None, classes=()):
@@ -193,16 +210,10 @@ def build(name, where, size, x, labels=None, classes=()):
             f"{'RGB' if x.shape[1] == 3 else 'gray'} images {x.shape[2]}x{x.shape[3]}")
     names = f", {len(classes)} classes: {', '.join(classes[:10])}" if classes else ""
     source = f"{len(x):,} {what} from {where}{names}" + (", .." if len(classes) > 10 else "")
-    return Dataset(x, labels, list(classes), name, source, fingerprint(x, labels))
-
-
-def fingerprint(x, labels):
-    """12 hex digits of the content."""
     digest = hashlib.sha256(repr((x.shape, x.dtype.str)).encode())
-    for part in (x, labels):
-        array = isinstance(part, np.ndarray)
-        digest.update(np.ascontiguousarray(part) if array else repr(part).encode())
-    return digest.hexdigest()[:12]
+    digest.update(x)
+    digest.update(b"None" if labels is None else labels)
+    return Dataset(x, labels, list(classes), name, source, digest.hexdigest()[:12])
 
 
 def gather(names, read, size):
@@ -367,34 +378,28 @@ def read_numpy(path):
 
 
 def read_cifar(path):
-    """Of CIFAR-10's tar or folder: the training batches, or without them the test batch.
+    """Of CIFAR-10's tar: the training batches.
 
     A record is a byte of label and 3072 bytes: a red, a green, a blue plane, 32 rows each.
     """
     files = {}
-    if path.is_dir():
-        for name in CIFAR_FILES:
-            if (path / name).is_file():
-                files[name] = (path / name).read_bytes()
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = member.name.split("/")[-1]
-                if name in CIFAR_FILES and member.isfile():
-                    files[name] = archive.extractfile(member).read()
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = member.name.split("/")[-1]
+            if member.isfile() and name.startswith(("data_batch_", "batches.meta")):
+                files[name] = archive.extractfile(member).read()
     classes = files.pop("batches.meta.txt", b"").decode().split()
-    batches = sorted(name for name in files if name.startswith("data_batch")) or list(files)
-    if not batches:
-        raise ValueError("it has none of " + ", ".join(CIFAR_FILES))
-    records = np.frombuffer(b"".join(files[n] for n in batches), np.uint8).reshape(-1, 3073)
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], classes or "0123456789"
+    if not files:
+        raise ValueError("it has no data_batch_1.bin")
+    records = b"".join(files[name] for name in sorted(files))
+    records = np.frombuffer(records, np.uint8).reshape(-1, 3073)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], classes
 
 
 def read_idx(path):
     """Of an idx images file, and of the labels file beside it, if there is one."""
-    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
-    beside = [p for p in (path.with_name(name), path.with_name(name + ".gz")) if p.is_file()]
-    return idx(path, 3)[:, None], idx(beside[0], 1) if beside else None
+    beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+    return idx(path, 3)[:, None], idx(beside, 1) if beside.is_file() else None
 
 
 def idx(path, rank):
@@ -406,57 +411,24 @@ def idx(path, rank):
 
 # ---- Data sets downloaded and drawn --------------------------------------------------------------
 
-def cifar_folder(path):
-    """path or path/cifar-10-batches-bin, whichever has batches, or None."""
-    folders = (path, path / "cifar-10-batches-bin")
-    return next((f for f in folders if any(f.glob("*_batch*.bin"))), None)
+def download(name, folder):
+    """The path of one of DOWNLOADS in a folder; downloaded, if it is not there.
 
-
-def find_idx(folder):
-    """The images file of MNIST's layout in a folder: training before test, plain before .gz."""
-    names = [f"{part}-images{dash}idx3-ubyte{gz}"
-             for part in ("train", "t10k") for dash in "-." for gz in ("", ".gz")]
-    return next((folder / n for n in names if os.path.isfile(folder / n)), None)
-
-
-def find_built_in(name, folder):
-    """The path of cifar10 or mnist in a folder, downloaded if it is not there."""
-    if name == "mnist":
-        if not find_idx(folder):
-            for file, md5 in MNIST_MD5.items():    # labels first: never the images without them
-                download([url + file for url in MNIST_URLS], folder / file, md5)
-        return find_idx(folder)
-    tar = folder / "cifar-10-binary.tar.gz"
-    return cifar_folder(folder) or download(CIFAR_URLS, tar, CIFAR_MD5)
-
-
-def download(urls, path, checksum, kind="md5"):
-    """The path of a file, downloaded if it is not there, from the first of urls that has it.
-
-    checksum: how its md5, or another kind of sum, begins.  Until it is right, the file is a .part.
+    torch.hub gives the file its name when it is complete and its sha256 is right.
     """
-    part, why = path.with_name(path.name + ".part"), []
+    path, (places, sha256), why = Path(folder, name), DOWNLOADS[name], []
     if path.is_file():
         return path
-    attempt(path.parent, "choose another --data-dir", os.makedirs, path.parent, exist_ok=True)
-    for url in urls:
+    attempt(folder, "choose another --data-dir", os.makedirs, folder, exist_ok=True)
+    for place in places:
+        print(f"downloading {place}{name}", flush=True)
         try:
-            digest = hashlib.new(kind, usedforsecurity=False)
-            with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
-                size = int(answer.headers.get("Content-Length") or 0)
-                told = Progress(f"downloading {path.name}", size)
-                while block := answer.read(1 << 18):
-                    digest.update(block)
-                    told(file.tell() + file.write(block))
-            if not digest.hexdigest().startswith(checksum):
-                raise ValueError(f"its {kind} sum is wrong, or its end is missing")
-            os.replace(part, path)
+            torch.hub.download_url_to_file(place + name, str(path), sha256)
             return path
         except Exception as error:                 # on to the next address
-            part.unlink(missing_ok=True)
-            why.append(f"{url}: {' '.join(str(error).split())}")
-    raise BadInput(f"{path.name} could not be downloaded ({'; '.join(why)}); try again, or put "
-                   f"that file into the folder {path.parent} by hand")
+            why.append(f"{place}: {' '.join(str(error).split())}")
+    raise BadInput(f"{name} could not be downloaded ({'; '.join(why)}); try again, or put that "
+                   f"file into the folder {folder} by hand")
 
 
 def digits(n=10_000, seed=0):
@@ -594,8 +566,8 @@ def load_checkpoint(run, device="cpu"):
     """A checkpoint, or the newest of a run: a dict of what is SAVED.  Nothing is unpickled."""
     path = run if os.path.isfile(run) else (checkpoints(run) or [None])[-1]
     if path is None:
-        raise BadInput(f"{run} " + ("has no checkpoint: its training ended before the first"
-                                    if os.path.isdir(run) else "does not exist")
+        raise BadInput(f"{run!r} " + ("has no checkpoint: its training ended before the first"
+                                      if os.path.isdir(run) else "does not exist")
                        + "; name a folder in which train.py has left a checkpoint")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
@@ -635,11 +607,11 @@ def load_run(run, device=None, weights="ema"):
 
 
 def run_data(options):
-    """The data that a run was trained on; BadInput if it has changed."""
+    """The data that a run is trained on; BadInput if it has changed since its first step."""
     data = load_data(options.data, options.size, options.data_dir)
-    if data.fingerprint != options.fingerprint:
+    if options.fingerprint not in ("", data.fingerprint):
         raise BadInput(f"the run was trained on other data than {data.source}; give it back what "
-                       "it had")
+                       "it had, or start a new run")
     return data
 
 
@@ -823,9 +795,9 @@ def analytic_moments(denoiser, options, count=128):
     return levels.tolist(), moments
 
 
-def in_batches(denoise, x, sigma, labels=None, batch=None):
-    """denoise(x, sigma, labels) for x of any length; sigma 0-d; batch: 64 images, 4096 points."""
-    batch, D = batch or (64 if x.ndim > 2 else 4096), []
+def in_batches(denoise, x, sigma, labels=None):
+    """denoise(x, sigma, labels) for a long x, 64 images or 4096 points at a time; sigma 0-d."""
+    batch, D = 64 if x.ndim > 2 else 4096, []
     for i in range(0, len(x), batch):
         own = () if labels is None else (labels[i:i + batch],)
         D.append(denoise(x[i:i + batch], sigma, *own))
@@ -895,8 +867,6 @@ def whole(path, write, **options):
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)           # of a full disk, no more than there was
-    if not Path(path).parent.is_dir():
-        raise BadInput(f"the folder {Path(path).parent} does not exist")
     attempt(path, "make room there, or choose another place", to_part)
 
 
@@ -911,13 +881,8 @@ def class_grid(options, count):
 
 # ---- Distances -----------------------------------------------------------------------------------
 
-SHA256 = "6726825d"                          # of the published Inception, its first digits
-INCEPTION = f"pt_inception-2015-12-05-{SHA256}.pth"
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION
-
-
 def extractor(kind, shape, data_dir="data", device="cpu"):
-    """(name, extract) of "pixels" or "inception", whose name has its weights' sha256 in it.
+    """(kind, extract) of kind "pixels" or "inception".
 
     extract: images (n, *shape) uint8, or points -> features (n, d) float64 on the CPU.  Pixels are
     averaged down to at most 16 x 16.  Inception's file is looked for in data_dir, else downloaded
@@ -933,7 +898,7 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
             return x.flatten(1).double()
         return kind, extract_pixels
     try:
-        path = download([INCEPTION_URL], Path(data_dir, INCEPTION), SHA256, "sha256")
+        path = download(INCEPTION, data_dir)
     except BadInput as error:
         raise BadInput(f"{error}; or choose pixels as features") from None
     network = Inception()
@@ -941,17 +906,14 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:      # torch's own text runs over lines and advises to unpickle
         raise BadInput(f"{path} is not Inception's weights, or not whole "
-                       f"({type(error).__name__}); put there {INCEPTION_URL}") from error
+                       f"({type(error).__name__}); remove it, and it is downloaded") from error
     network.to(device)
 
     def extract(x):
-        flags = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = [flag.allow_tf32 for flag in flags]
-        flags[0].allow_tf32 = flags[1].allow_tf32 = False              # it keeps 3 digits of 7
-        pool3, _ = network(x.to(device).expand(-1, 3, -1, -1))         # gray: three times the same
-        flags[0].allow_tf32, flags[1].allow_tf32 = before
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):   # it keeps 3 digits of 7
+            pool3, _ = network(x.to(device).expand(-1, 3, -1, -1))     # gray: three times the same
         return pool3.cpu().double()
-    return f"inception {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", extract
+    return kind, extract
 
 
 @torch.no_grad()
@@ -989,19 +951,15 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def distance_name(features, n):
-    """The name of n samples' distance: it falls with n, so only that of 50,000 is a FID, and others
-    are fid_500, fid_2k, frechet_pixels_2k, .."""
-    kind = "fid" if features.startswith("inception") else f"frechet_{features}"
-    if kind == "fid" and n >= 50_000:
-        return "FID"
-    return f"{kind}_{n // 1000}k" if n % 1000 == 0 else f"{kind}_{n}"
+    """The name of n samples' distance, which falls with n; FID is that of 50,000."""
+    return f"fid_{n}" if features == "inception" else f"frechet_{features}_{n}"
 
 
 def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
     """What `num` samples are compared with: at most `most` random rows of the data, as a dict.
 
-    features: of extractor.  mean, cov and n are those of all these rows; floor, the distance of num
-    of them to the others, is what perfect samples reach (NaN with fewer than 2 num rows).
+    features: of extractor.  mean and cov are those of all these rows; floor, the distance of num of
+    them to the others, is what perfect samples reach (NaN with fewer than 2 num rows).
     """
     rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(seed))[:most]
     rank, world = ranks()
@@ -1014,18 +972,16 @@ def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
     floor = math.nan
     if 2 * num <= len(rows):
         floor = frechet_distance(*moments(rows[:num]), *moments(rows[num:]))
-    return dict(mean=mean, cov=cov, n=len(rows), floor=floor)
+    return dict(mean=mean, cov=cov, floor=floor)
 
 
-def run_distance(denoiser, options, num, features, real, **how):
-    """The Frechet distance of num samples, of generate(**how), to `real`, of real_statistics.
-
-    The ranks share the seeds 0, 1, ..., num - 1.
-    """
+def run_distance(denoiser, options, seeds, features, real, batch=None, **how):
+    """The Frechet distance of samples of these seeds, of generate(**how), to `real`, of
+    real_statistics.  The ranks share the seeds."""
     rank, world = ranks()
-    seeds, batch = range(num)[rank::world], 64 if len(options.shape) > 1 else 4096
-    samples = drawn(denoiser, options, seeds, batch=batch, **how)
-    return frechet_distance(*measure(samples, features[1], len(seeds)), real["mean"], real["cov"])
+    own, batch = seeds[rank::world], batch or (64 if len(options.shape) > 1 else 4096)
+    samples = drawn(denoiser, options, own, batch=batch, **how)
+    return frechet_distance(*measure(samples, features[1], len(own)), real["mean"], real["cov"])
 
 
 # ---- Loss by noise level -------------------------------------------------------------------------
@@ -1050,20 +1006,15 @@ def held_out(data, options, count=None):
 
 @torch.no_grad()
 def denoising_error(denoise, x0, labels=None, levels=LEVELS):
-    """E |D(x0 + sigma eps; sigma) - x0|^2/d at each noise level; the ranks share the rows of x0.
+    """E |D(x0 + sigma eps; sigma) - x0|^2/d at each noise level.
 
     The noise is the same at each call, and the weight is 1, so that runs of any objective compare.
     """
-    rank, world = ranks()
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
-    mine = slice(len(x0) * rank // world, len(x0) * (rank + 1) // world)
-    own = None if labels is None else labels[mine]
-    error = torch.zeros(len(levels), dtype=torch.float64, device=x0.device)
-    for k, sigma in enumerate(torch.tensor(levels)):
-        if len(x0[mine]):
-            D = in_batches(denoise, x0[mine] + sigma * noise[mine], sigma, own)
-            error[k] = ((D - x0[mine]).double() ** 2).sum()
-    return (total(error) / x0.numel()).tolist()
+    noise, errors = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0), []
+    for sigma in torch.tensor(levels):
+        D = in_batches(denoise, x0 + sigma * noise, sigma, labels)
+        errors.append(((D - x0).double() ** 2).mean())
+    return torch.stack(errors).tolist()
 
 
 @torch.no_grad()
@@ -1107,49 +1058,35 @@ def print_levels(table, options):
         print(f"{sigma:8g} {dsm:11.4f}{stf:11.4f}{size:13.1f} {noise:8.0%}   {bar}")
 
 
-def draw_levels(path, table, title):
-    """noise_table as a PNG, where matplotlib is installed: where STF acts."""
-    try:
-        from matplotlib import figure, ticker
-    except ImportError:
-        print("(with matplotlib installed, a picture of this table would be drawn)")
-        return
-    sigma, dsm, stf, _ = zip(*table)
-    page = figure.Figure(figsize=(9, 3.6), layout="tight")
-    left, right = page.subplots(1, 2)
-    left.loglog(sigma, dsm, label="to x0: DSM")
-    left.loglog(sigma, stf, "--", label="to x0's mean: STF")
-    left.set(xlabel="noise level sigma", ylabel="squared error of one network, weighted")
-    left.yaxis.set_major_formatter("{x:g}")                                     # .2, not 2 x 10^-1
-    left.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-    left.yaxis.set_minor_formatter("{x:g}")
-    left.legend(fontsize=8, loc="lower left")
-    right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
-    right.set(xlabel="noise level sigma", ylim=(0, 1),
-              ylabel="share of DSM's loss that is noise, at least")
-    page.suptitle(title)
-    page.savefig(path, dpi=100)
-    print(f"picture     {path}")
-
-
-def draw_curve(folder):
-    """loss.png: the loss of each step, and its running mean, where matplotlib is installed."""
+def draw_run(folder, table):
+    """loss.png, where matplotlib is installed: the loss by step, and noise_table."""
     try:
         from matplotlib import figure
     except ImportError:
+        print("(with matplotlib installed, a picture of the loss would be drawn)")
         return
     lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
     steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line))
     span = max(len(losses) // 20, 1)
     means = np.convolve(losses, np.ones(span) / span, "valid")
-    page = figure.Figure(figsize=(6, 4))
-    axes = page.subplots()
-    axes.semilogy(steps, losses, linewidth=0.5, label="each step")
-    axes.semilogy(steps[span // 2:][:len(means)], means, label=f"mean of {span} steps around it")
-    axes.set(xlabel="step", ylabel="loss", title=folder)
-    axes.legend()
-    page.tight_layout()
+    sigma, dsm, stf, _ = zip(*table)
+    page = figure.Figure(figsize=(13, 3.6), layout="tight")
+    left, middle, right = page.subplots(1, 3)
+    left.semilogy(steps, losses, linewidth=0.5, label="each step")
+    left.semilogy(steps[span // 2:][:len(means)], means, label=f"mean of {span} steps around it")
+    left.set(xlabel="step", ylabel="loss", title="training")
+    middle.loglog(sigma, dsm, label="to x0: DSM")
+    middle.loglog(sigma, stf, "--", label="to x0's mean: STF")
+    middle.set(xlabel="noise level sigma", ylabel="squared error, weighted",
+               title="the trained network")
+    right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
+    right.set(xlabel="noise level sigma", ylim=(0, 1), title="where STF acts",
+              ylabel="share of DSM's loss that is noise, at least")
+    left.legend(fontsize=8)
+    middle.legend(fontsize=8)
+    page.suptitle(folder)
     page.savefig(f"{folder}/loss.png", dpi=100)
+    print(f"picture     {folder}/loss.png")
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -1244,8 +1181,7 @@ def fid(args):
     features = extractor(kind, shape, args.data_dir, options.device)
     real = real_statistics(data, num, features, args.seed, len(data.x), args.batch)
     seeds = range(args.seed, args.seed + num)
-    samples = drawn(denoiser, options, seeds, batch=args.batch, **how)
-    distance = frechet_distance(*measure(samples, features[1], num), real["mean"], real["cov"])
+    distance = run_distance(denoiser, options, seeds, features, real, args.batch, **how)
     print(f"{args.run} at step {options.step}, {text}\n"
           f"compared with {data.source}, fingerprint {data.fingerprint}\n"
           f"features of {features[0]}\n\n"
@@ -1253,12 +1189,6 @@ def fid(args):
           f"{distance_name(features[0], num):20}{distance:20.4g}{real['floor']:20.4g}")
     if math.isnan(real["floor"]):
         print(f"no floor: it takes {2 * num} real rows")
-    if min(num, real["n"]) < len(real["mean"]):
-        print(f"warning: the covariance of {min(num, real['n'])} rows in {len(real['mean'])} "
-              "dimensions is singular; compare numbers of the same count only")
-    if features[0] not in ("pixels", f"inception {SHA256}"):
-        print("warning: these are not the published weights; compare numbers of the same weights "
-              "only")
 
 
 def levels(args):
@@ -1267,7 +1197,7 @@ def levels(args):
     table = noise_table(denoiser, options, run_data(options))
     print(f"{args.run} at step {options.step}\n")
     print_levels(table, options)
-    draw_levels(f"{options.folder}/where-stf-acts.png", table, args.run)
+    draw_run(options.folder, table)
 
 
 def number(kind, low, high=math.inf):
@@ -1323,9 +1253,8 @@ examples:
         add("--schedule", choices=SCHEDULES, help="whose time steps (default: the run's own)")
         add("--guidance", type=number(float, 0), default=1.0, metavar="X", help="weight of "
             "classifier-free guidance; above 1 exaggerates the class (default: 1, none)")
-        for name, (low, high, text) in CHOICES.items():
-            kind = dict(choices=VARIANCES) if low is None else dict(
-                type=number(float, low, high), metavar="X")
+        for name, (low, _, text) in CHOICES.items():
+            kind = dict(choices=VARIANCES) if low is None else dict(type=float, metavar="X")
             owners = [sampler for sampler, own in SAMPLERS.items() if name in own]
             add(f"--{name}", help=f"{' and '.join(owners)}: {text}", **kind)
     sample.add_argument("--out", metavar="FILE", help="a .png or .npz (default: a .png in RUN)")
@@ -1341,22 +1270,10 @@ examples:
 
 
 def main(argv=None):
-    plain_streams()
-    try:
+    def command():
         args = parser().parse_args(argv)
         dict(sample=sample, fid=fid, levels=levels)[args.command](args)
-        return 0
-    except (BadInput, OSError, FloatingPointError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:                  # torch's, for lack of memory on any device
-        if "memory" not in str(error):
-            raise
-        print("evaluate.py: out of memory; choose a smaller --batch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nevaluate.py: stopped", file=sys.stderr)
-        return 130
+    return status("evaluate.py", command, "choose a smaller --batch")
 
 
 if __name__ == "__main__":

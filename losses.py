@@ -231,7 +231,7 @@ def sa_tau(ladder, t, K, kind="unit"):
     if kind == "unit":
         tau = torch.ones_like(tau)
     elif kind == "window":
-        tau = torch.where(tau[0] > 0, tau / tau[0], (s == t).double())
+        tau = torch.where(tau[0] > 0, tau / tau[0], 1.0)
     elif kind != "paper":
         raise ValueError(f"tau {kind!r} is none of unit, window, paper")
     return tau * inside
@@ -246,7 +246,7 @@ def path_noise(noise, sigma):
     Needs: nothing.
     """
     below = torch.cat([sigma[1:], torch.zeros_like(sigma[:1])])
-    steps = (sigma ** 2 - below ** 2).clamp(min=0).sqrt() * noise
+    steps = (sigma ** 2 - below ** 2).sqrt() * noise
     return steps.flip(0).cumsum(0).flip(0) / sigma
 
 

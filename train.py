@@ -13,9 +13,7 @@ The batch is a pure function of (seed, step): there is no loader and no sampler 
 that is killed and resumed takes the same steps as one that is not, ranks and micro-batches only
 share out the rows of a batch, and two losses see the same images and the same noise.
 
-At a first reading, begin at `draw_batch`, then read `objective` and the loop in `run`.  The options
-of the network, of the preconditioning and of the weight act in evaluate.build_denoiser,
-build_precondition and build_weight, which sampling needs, too.
+At a first reading, begin at `draw_batch`, then read `objective` and the loop in `run`.
 """
 
 import argparse
@@ -296,11 +294,7 @@ def resolve(options, data):
 
 def resumed(folder, given):
     """The options of a run that goes on: those it was started with, and what may change."""
-    path = Path(folder, "options.json")
-    if not folder or not path.is_file():
-        what = "has no options.json" if path.parent.is_dir() else "does not exist"
-        raise BadInput(f"--resume: {folder} {what}; name a folder that train.py made")
-    options = attempt(path, "mend it, or name another folder", read_options, path)
+    options = Options(**evaluate.load_checkpoint(folder)["options"])
     differ = [f"{word(name)} {value} (was {getattr(options, name)})"
               for name, value in given.items()
               if value != getattr(options, name) and name not in MAY_CHANGE]
@@ -308,15 +302,6 @@ def resumed(folder, given):
         raise BadInput(f"--resume {folder}: cannot change {', '.join(differ)}; start a new run")
     options = dataclasses.replace(options, **given)
     options.device = evaluate.pick_device(options.device)
-    return options
-
-
-def read_options(path):
-    """Options from an options.json."""
-    stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    lists = {name: tuple(value) for name, value in stored.items() if isinstance(value, list)}
-    options = Options(**stored | lists)
-    check(options)
     return options
 
 
@@ -591,12 +576,9 @@ def run(options, folder=None, brief=False):
     """
     rank, world = ranks()
     agree(partial(check, options))
-    data = in_turn(partial(evaluate.load_data, options.data, options.size, options.data_dir))
+    data = in_turn(partial(evaluate.run_data, options))
     if not folder:
         options = agree(partial(resolve, inherit(options) if options.init else options, data))
-    elif data.fingerprint != options.fingerprint:
-        raise BadInput(f"--resume {folder}: the run was trained on other data than {data.source}; "
-                       "give it back what it had, or start a new run")
     if min(options.batch, options.fid_num) < world:
         raise BadInput(f"--batch and --fid-num must be at least the number of ranks, {world}")
     memory = agree(partial(memory_needed, options))
@@ -624,8 +606,7 @@ def run(options, folder=None, brief=False):
         name = evaluate.distance_name(features[0], options.fid_num)
         real = evaluate.real_statistics(data, options.fid_num, features)
     folder = folder or from_first(partial(new_folder, options, data))
-    lock = agree(partial(hold, folder))
-    from_first(partial(write_options, folder, options))
+    lock = agree(partial(claim, folder, options))
     describe(options, data, denoiser, folder, first, memory)
 
     # What a step needs.
@@ -675,7 +656,7 @@ def run(options, folder=None, brief=False):
                                      1 - ema_beta(float(length), options, step + 1))
             if beta and step % 25 == 0:
                 update_beta(options, denoiser, batch, weight, beta, step)
-            log.step(step + 1, losses, norm, batch.sigma)
+            log.step(step + 1, losses, norm)
 
             # What is watched and kept.
             done = step + 1 == options.steps
@@ -691,8 +672,8 @@ def run(options, folder=None, brief=False):
                     raw=evaluate.denoising_error(denoiser.eval(), *held),
                     ema=evaluate.denoising_error(ema.eval(), *held)))
             if due(options.fid_every):
-                distance = evaluate.run_distance(ema.eval(), options, options.fid_num, features,
-                                                 real, steps=options.sample_steps)
+                distance = evaluate.run_distance(ema.eval(), options, range(options.fid_num),
+                                                 features, real, steps=options.sample_steps)
                 improved, best = distance < best, min(best, distance)
             if done or stop or improved or due(options.checkpoint_every):
                 log.flush()                                     # before log.skipped is stored
@@ -799,21 +780,21 @@ def new_folder(options, data):
             return out
 
 
-def hold(folder):
-    """Locks a run's folder until the file returned is closed or its process ends."""
+def claim(folder, options):
+    """Locks a run's folder until the file returned is closed or its process ends, and writes
+    options.json, which is for people to read."""
     file = open(f"{folder}/.lock.part", "a")
-    if ranks()[0] == 0 and sys.platform != "win32":
+    if ranks()[0] > 0:
+        return file
+    if sys.platform != "win32":
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(f"{folder} is being trained by another process") from None
-    return file
-
-
-def write_options(folder, options):
     text = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
     evaluate.whole(f"{folder}/options.json", lambda file: file.write(text.encode()))
+    return file
 
 
 def newest_run():
@@ -872,13 +853,9 @@ class Log:
         return [line + "\n" for values, line in found if values["step"] <= step
                 and not ("report" in values and values["step"] == self.options.steps)]
 
-    def step(self, step, losses, norm, sigma):
-        """losses (B,), norm (), sigma (B, 1, ..), SA's (K, B, 1, ..), all on the device."""
-        bad = ~losses.isfinite()
-        bad = bad | (~norm.isfinite() & ~bad.any())     # the gradient alone: any sample's
-        sigma = sigma.flatten()[:len(losses)]
-        low, high = torch.where(bad, sigma, torch.inf).min(), torch.where(bad, sigma, 0).max()
-        self.waiting.append((step, torch.stack([losses.mean(), norm, low, high])))
+    def step(self, step, losses, norm):
+        """losses (B,) and norm () on the device."""
+        self.waiting.append((step, torch.stack([losses.mean(), norm])))
 
     def due(self, step):
         """Whether this rank would like to read out what waits, after this step."""
@@ -889,19 +866,18 @@ class Log:
         if not self.waiting:
             return
         values = torch.stack([value for _, value in self.waiting]).tolist()
-        for (step, _), (loss, norm, low, high) in zip(self.waiting, values):
-            if high:
+        for (step, _), (loss, norm) in zip(self.waiting, values):
+            if not math.isfinite(loss + norm):
                 self.skipped = [self.skipped[0] + 1, self.skipped[1] + 1]
-                self.line(step=step, skipped=self.skipped[0], sigma=[low, high])
+                self.line(step=step, skipped=self.skipped[0])
             else:
                 self.skipped[1] = 0
                 self.line(step=step, loss=loss, grad_norm=norm)
                 self.mean = loss if self.mean is None else 0.98 * self.mean + 0.02 * loss
             if self.skipped[1] == 10:
                 last = (evaluate.checkpoints(self.folder) or ["none"])[-1]
-                raise BadInput(f"ten steps in a row up to {step} had no finite loss or gradient, "
-                               f"at noise levels {low:.3g} to {high:.3g}; try a smaller --lr; the "
-                               f"last good checkpoint: {last}")
+                raise BadInput(f"ten steps in a row up to {step} had no finite loss or gradient; "
+                               f"try a smaller --lr; the last good checkpoint: {last}")
         self.waiting, self.last = [], time.time()
         pace = (self.last - self.start) / (step - self.begin)
         days = pace * (self.options.steps - step) / 86_400
@@ -1007,7 +983,7 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     print(f"drawing {count} samples", flush=True)
     features = evaluate.extractor("pixels", options.shape)
     real = evaluate.real_statistics(data, count, features, options.seed, 10_000)
-    distance = evaluate.run_distance(ema.eval(), options, count, features, real,
+    distance = evaluate.run_distance(ema.eval(), options, range(count), features, real,
                                      steps=options.sample_steps)
     if ranks()[0] > 0:
         return
@@ -1022,8 +998,7 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
           f"{real['floor']:10.4g}  {count} real {kind}, the floor\n")
     log.write(options.steps, report=dict(frechet_pixels=distance, floor=real["floor"], count=count,
                                          loss_by_sigma=table))
-    evaluate.draw_levels(f"{folder}/where-stf-acts.png", table, f"{folder}: where STF acts")
-    evaluate.draw_curve(folder)
+    evaluate.draw_run(folder, table)
     save_samples(folder, options.steps, denoiser, ema, options, data)
     print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
           f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
@@ -1059,8 +1034,8 @@ examples:
   python train.py --data photos/ --size 64 --cond
   python train.py --loss sa --schedule ddpm --K 3
   torchrun --nproc-per-node 8 train.py --preset cifar10-edm-vp""")
-    p.add_argument("--preset", choices=[*PRESETS, "list"], metavar="NAME", help="a paper's run; "
-                   "options beside it override its own; list: print them all")
+    p.add_argument("--preset", choices=PRESETS, metavar="NAME", help="a paper's run, one of "
+                   f"{', '.join(PRESETS)}; options beside it override its own")
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    "with the newest run")
     for name, field in CHOSEN.items():
@@ -1079,39 +1054,28 @@ examples:
     return p
 
 
+def command(argv=None):
+    """Reads the command line, and trains."""
+    start_ranks()
+    if ranks()[0] > 0:
+        sys.stdout = open(os.devnull, "w")
+    given = vars(agree(partial(parser().parse_args, argv)))
+    preset, again = given.pop("preset", None), given.pop("resume", None)
+    if again is not None:
+        folder = from_first(newest_run) if again == "newest" else again
+        run(agree(partial(resumed, folder, given)), folder)
+        return
+    chosen = PRESETS.get(preset, {}) | given
+    if preset and "data" not in chosen:
+        raise BadInput(f"--preset {preset} needs your --data; name a folder or a .zip")
+    run(Options(**chosen))
+
+
 def main(argv=None):
-    evaluate.plain_streams()
+    cure = ("give --micro-batch a smaller number than the samples of each rank, or choose a "
+            "smaller --width or --ref-batch")
     try:
-        start_ranks()
-        with open(os.devnull, "w") as silence, \
-                contextlib.redirect_stdout(silence if ranks()[0] else sys.stdout):
-            given = vars(agree(partial(parser().parse_args, argv)))
-            preset, again = given.pop("preset", None), given.pop("resume", None)
-            if preset == "list":
-                for name, own in PRESETS.items():
-                    print(name, *(f"    {key} = {value}" for key, value in own.items()), sep="\n")
-            elif again is not None:
-                folder = from_first(newest_run) if again == "newest" else again
-                run(agree(partial(resumed, folder, given)), folder)
-            else:
-                chosen = PRESETS.get(preset, {}) | given
-                if preset and "data" not in chosen:
-                    raise BadInput(f"--preset {preset} needs your --data; name a folder or a .zip")
-                run(Options(**chosen))
-        return 0
-    except (BadInput, OSError, FloatingPointError, MemoryError) as error:
-        if ranks()[0] == 0 or not isinstance(error, BadInput):     # outside `agree`, all have it
-            print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:                  # torch's, for lack of memory on any device
-        if "memory" not in str(error):
-            raise
-        print("train.py: out of memory; give --micro-batch a smaller number than the samples of "
-              "each rank, or choose a smaller --width or --ref-batch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntrain.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return evaluate.status("train.py", partial(command, argv), cure)
     finally:
         if dist.is_initialized():                  # a rank that leaves without it may abort
             dist.destroy_process_group()

@@ -13,14 +13,12 @@ sigma |eps_hat - eps|^2 (eq. 8).  Runs here predict the noise, on DDPM's ladder,
 inverse-snr is the weight that the paper calls SNR.
 """
 
-import itertools
 import sys
-from functools import partial
 
 import torch
 
 import evaluate
-from losses import WEIGHTS, stf_target
+from losses import WEIGHTS
 from papers import plot
 from schedules import DDPM
 
@@ -75,8 +73,8 @@ def table(args):
     """Samples of five weights, by the number of sampling steps T (DB figures 1, 6-8, tables 1-3).
 
     Frechet distances to the data, mean and standard deviation over seeds; less is better.  Also in
-    the course of training, in --early steps.  A second picture has images.  The paper: Debias is
-    best for all T, most of all in few steps.  --sampler ddim: figure 8.  15 minutes.
+    the course of training, in --early steps.  A second picture has images.  --sampler ddim: figure
+    8.  15 minutes.
     """
     def draws(name, folder):
         for T in args.T:
@@ -97,8 +95,7 @@ def table(args):
         f"Weight of the loss by noise level: {options.data}, {options.steps} training steps, "
         f"sampler {args.sampler}", y=args.weights, **judge.axes)
     if len(options.shape) == 3:
-        runs = [evaluate.load_run(plot.trained(own, seed=args.seed), args.options.get("device"))
-                for own in given.values()]
+        runs = [plot.opened(args, plot.trained(own, seed=args.seed)) for own in given.values()]
         panels = []
         for T in args.T:
             drawn = [evaluate.generate(*run, range(4), args.sampler, T) for run in runs]
@@ -111,18 +108,17 @@ def targets(args):
 
     The weights are those on |eps_hat - eps|^2, whatever the network predicts: constant is the plain
     loss of a network that predicts eps, inverse-snr of one that predicts x0.  The paper has one
-    weight for x0 and v, and finds Debias with eps best.  25 minutes.
+    weight for x0 and v.  25 minutes.
     """
     def draws(name, folder):
         for T in args.T:
             yield T, folder, dict(sampler="ddpm", steps=T)
 
     given = {}
-    for target, (weight, own) in itertools.product(
-            args.targets, variants(args, args.weights).items()):
-        if target != "eps":                                     # eps: the schedule's, as above
-            own = own | dict(precondition=target)
-        given[target, weight] = own
+    for target in args.targets:
+        change = {} if target == "eps" else dict(precondition=target)     # the schedule's is eps
+        for weight, own in variants(args, args.weights).items():
+            given[target, weight] = own | change
     found, judge = plot.distances(args, given, draws)
     columns, rows, panels = ["weight"], [[weight] for weight in args.weights], []
     for T, values in found.items():
@@ -138,11 +134,10 @@ def targets(args):
 
 # ---- Errors by noise level -----------------------------------------------------------------------
 
-@torch.no_grad()
-def errors_by_t(denoisers, x0, error, seed, each=27):
+def errors_by_t(denoisers, x0, error, seed):
     """Rows t, sigma, error(D, x0, sigma) of each denoiser, all with the same noise."""
     g, rows = torch.Generator().manual_seed(seed), []
-    for t in plot.progress("noise levels", range(1, len(LEVELS) + 1, each)):
+    for t in plot.progress("noise levels", range(1, len(LEVELS) + 1, 27)):
         sigma = x0.new_full((len(x0), *[1] * (x0.ndim - 1)), LEVELS[t - 1].item())
         x = x0 + sigma * torch.randn(x0.shape, generator=g).to(x0)
         errors = [error(denoise(x, sigma), x0, sigma) for denoise in denoisers.values()]
@@ -157,9 +152,7 @@ def noise_error(D, x0, sigma):
 
 def colour_error(D, x0, sigma):
     """The distance of two images' mean colours; of points, whose coordinates are their colour."""
-    apart = (D - x0).double()
-    if apart.ndim > 2:
-        apart = apart.flatten(2).mean(2)                                          # (B, C)
+    apart = (D - x0).double().reshape(*x0.shape[:2], -1).mean(2)                  # (B, C)
     return apart.norm(dim=1).mean().item()
 
 
@@ -175,9 +168,7 @@ def mse(args):
 
         E |x_t - eps|^2/d = ab E|x0|^2/d + (1 - sqrt(1 - ab))^2
 
-    The paper: at t > 950 a network under constant weights does worse, under Debias better;
-    inverse-snr is as good as Debias there, but bad at small t.  A minute, and the training of
-    table.  --runs: other runs, on one set of data.
+    A minute, and the training of table.  --runs: other runs, on one set of data.
     """
     runs, x0, _, options = plot.compared(args, variants(args, NAMES))
     denoisers = dict(initial=initial) | runs
@@ -198,15 +189,11 @@ def onestep(args):
         x0_hat = D(x0 + sigma eps; sigma),    error = |mean colour of x0_hat - that of x0|
 
     At large t x hardly tells of x0, and no denoiser knows the colour: the posterior mean over the
-    training set shows how much is known (at small t it is the nearest image of that set).  The
-    paper: constant weights shift the colour at t > 950, and Debias does not.  A second picture has
-    the images.  A minute, and the training of table.  --runs: as in mse.
+    training set shows how much is known (at small t it is the nearest image of that set).  A second
+    picture has the images.  A minute, and the training of table.  --runs: as in mse.
     """
     denoisers, x0, labels, options = plot.compared(args, variants(args, NAMES))
-    data = evaluate.run_data(options)
-    classes = None if labels is None else torch.from_numpy(data.labels).to(x0.device)
-    denoisers["posterior mean"] = partial(stf_target, reference=torch.from_numpy(data.x),
-                                          labels=labels, reference_labels=classes)
+    denoisers["posterior mean"] = plot.data_mean(options, labels)
     plot.show(
         args, ["t", "sigma", *denoisers], errors_by_t(denoisers, x0, colour_error, args.seed),
         [dict(ylabel="distance of the mean colours, in [-1, 1]"),
@@ -218,9 +205,7 @@ def onestep(args):
         noise = torch.randn(x0.shape, generator=g).to(x0)
         for t in (1000, 950, 700, 500, 300, 100):
             sigma = x0.new_full((len(x0), 1, 1, 1), LEVELS[t - 1].item())
-            x = x0 + sigma * noise
-            with torch.no_grad():
-                D = [denoise(x, sigma)[:3] for denoise in denoisers.values()]
+            D = [denoise(x0 + sigma * noise, sigma)[:3] for denoise in denoisers.values()]
             panels.append((f"t = {t}", evaluate.to_uint8(torch.cat([x0[:3], *D]))))
         plot.pictures(args, "images", panels, ["x0", *denoisers])
 

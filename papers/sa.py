@@ -54,13 +54,12 @@ def way(args, folder, name):
     """Whose weights draw the samples of a run, and how, by one of table's samplers."""
     if name in ("ddpm", "ddim"):
         return folder, dict(sampler=name)
-    network, options = evaluate.load_run(folder, args.options.get("device"))
+    network, options = plot.opened(args, folder)
     if name == "analytic":
         moments = evaluate.analytic_moments(network, options)
         return folder, dict(sampler="ddpm", variance=analytic_covariance(*moments))
     plain = given(args, None) | dict(steps=args.head)
-    for option in ("loss", "weight"):                     # a head has its own loss
-        plain.pop(option, None)
+    plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}
     folder = plot.trained(plain, head=name, init=folder, seed=options.seed)
     return folder, dict(sampler="ddpm", variance=name)
 
@@ -70,8 +69,7 @@ def table(args):
 
     Frechet distances to the data, mean and standard deviation over seeds; less is better.  The
     samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
-    NPR-DPM's, whose second heads are trained afterwards in --head steps.  The paper: SA-K is better
-    in all of them, most of all in few steps.  20 minutes on two cores.
+    NPR-DPM's, whose second heads are trained afterwards in --head steps.  20 minutes on two cores.
     """
     def draws(name, folder):
         for sampler in args.samplers:
@@ -90,8 +88,7 @@ def table(args):
 def ablation(args):
     """Samples of SA-K by the weight lam of its second term (SA table 4).
 
-    By the sampler ddpm.  The paper: with lam = 1, .3, .2 for K = 2, 3, 4 SA-K is better than dsm
-    for all T, and a larger lam helps at small T alone.  25 minutes, beside those of table.
+    By the sampler ddpm.  25 minutes, beside those of table.
     """
     def draws(name, folder):
         for T in args.T:
@@ -112,7 +109,6 @@ def ablation(args):
 
 # ---- Estimation gap ------------------------------------------------------------------------------
 
-@torch.no_grad()
 def estimation_gap(denoise, x0, ladder, noise):
     """How far errors of eps_hat have led sampling astray, step by step (SA Theorem 1, fig. 4).
 
@@ -123,8 +119,8 @@ def estimation_gap(denoise, x0, ladder, noise):
     the model's from the same noise, in DDPM's frame.  Carried from x_1 back to x_t it is the
     distance there: each step from i shrinks it by (sigma_{i-1}/sigma_i)^2.
 
-    ladder (T,), noise() -> (B, ...).  -> (T - 1, 3), t = T-1 ... 1: the gap's mean at
-    x_t over samples and coordinates, its rms, and the rms that unrelated errors would give.
+    ladder (T,), noise() -> (B, ...).  Returns (T - 1, 3), t = T-1 ... 1: the gap's mean at x_t over
+    samples and coordinates, its rms, and the rms that unrelated errors would give.
     """
     found, d, squares = [], 0, 0
     tau = iter(sa_tau(ladder, torch.arange(len(ladder), 1, -1), 1, "paper")[0])
@@ -148,8 +144,8 @@ def gap(args):
 
     At each x_t, over images and pixels: the gap's mean with its sign, as in the authors' code; its
     rms; and the ratio of that rms to the rms that unrelated errors of the steps would have: above 1
-    errors add up (fig. 1 a), below 1 they cancel (b).  The paper: SA-2 reduces the gap at x_1 by
-    a factor of 2.5.  3 minutes, and the training of table.  --runs: other runs, on one set of data.
+    errors add up (fig. 1 a), below 1 they cancel (b).  3 minutes, and the training of table.
+    --runs: other runs, on one set of data.
     """
     denoisers, x0, _, options = plot.compared(args, variants(args))
     columns, panels = dict(t=torch.arange(args.start - 1, 0, -1.0)), []

@@ -7,6 +7,7 @@ Models" (STF).  Its training target for x = x0 + sigma noise is an average over 
 sum_k w_k y_k (losses.stf_target), where denoising score matching (DSM) has x0 alone, n = 1.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -25,13 +26,12 @@ from schedules import EDM, VE, VP
 
 SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
           15.0, 20.0, 30.0, 50.0, 80.0]
-RUNS = dict(cond=False)                      # of runs trained here; a user's own options win
 
 
 # ---- Exact posteriors ----------------------------------------------------------------------------
 
 def random_rows(args, name, count=None):
-    """`count` rows of a data set in random order, float64; None: all; the generator used."""
+    """`count` rows of a data set in random order, float64, None: all; and the generator used."""
     data = evaluate.load_data(name, args.options.get("size"), args.options.get("data_dir", "data"))
     g = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(data.x), generator=g)[:count]
@@ -59,8 +59,8 @@ def target_variance(x0, noise, levels, sizes, pool, exact, g):
     """V_STF = E_x Tr Cov(stf_target) by reference size and level (STF section 5.2); D (sec. 6.1).
 
     The target's mean given x is E[x0 | x] for every n, so V is its mean square distance from that.
-    The first reference is x0, a draw of p(x0 | x) where x = x0 + sigma noise; the others are rows
-    of the pool, drawn anew for each x0.  n = 1 is V_DSM (STF eq. 4).
+    The first reference is x0, the others are rows of the pool, drawn anew for each x0.  n = 1 is
+    V_DSM (STF eq. 4).
 
     x0, noise (m, ...), levels (L,), pool (N, ...), exact(x, sigma) -> E[x0 | x] (L, d), D (L,);
     returns (m, len(sizes), L) and (m, L), to be averaged over x0.
@@ -85,8 +85,8 @@ def variance(args):
     In these units Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),
     where D(sigma) = E_x D_f measures how far p(x0 | x) is from the data's law.  Phase 1: less than
     a tenth of the data's variance is left in p(x0 | x);  phase 3: more than nine tenths;  phase 2:
-    between.  The data's law is uniform on --num rows.  For two Gaussians V takes their true law,
-    and D still the rows: it would be infinite up to sigma = sqrt(3) 0.14.  Half a minute.
+    between.  The data are --num rows.  For two Gaussians V takes their true law, and D the rows: of
+    that law D is infinite up to sigma = sqrt(3) 0.14.  Half a minute.
     """
     for name in args.data:
         law = name.startswith("two-gaussians")
@@ -109,27 +109,25 @@ def variance(args):
 def show_variance(args, name, levels, V, D, whole, d):
     """V (1 + len(args.n), L), of which the first is V_DSM; D (L,); whole: the data's variance."""
     n, dsm = args.n[-1], V[0]
-    forms = {"V of D": dsm, "V of noise": dsm / levels ** 2, "V of scores": dsm / levels ** 4,
-             "D(sigma)": D}
     seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
-    second = 3 ** 0.5 * d * levels ** 2 * D.sqrt()
-    left = {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
-    columns = dict(sigma=levels, V_DSM=dsm)
-    columns |= {form: curve / curve.max() for form, curve in forms.items()} | left
+    phase = 1.0 + (dsm > 0.1 * whole).double() + (dsm > 0.9 * whole).double()
+    columns = {"V of D": dsm, "V of noise": dsm / levels ** 2, "V of scores": dsm / levels ** 4,
+               "D(sigma)": D}
+    columns = {form: curve / curve.max() for form, curve in columns.items()}
+    columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
     columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
-                "bound": (1 + second / seen) / (n - 1)}
-    rows = []
-    for *row, share in torch.stack([*columns.values(), dsm / whole], 1).tolist():
-        phase = 1 + (share > 0.1) + (share > 0.9)
-        rows.append([*(None if math.isnan(value) else value for value in row), phase])
-    middle = levels[[row[-1] == 2 for row in rows]].tolist() or [math.nan]
+                "bound": (1 + 3 ** 0.5 * d * levels ** 2 * D.sqrt() / seen) / (n - 1),
+                "phase": phase}
+    table = torch.stack([levels, dsm, *columns.values()], 1).tolist()
+    rows = [[None if math.isnan(cell) else cell for cell in row] for row in table]
+    middle = levels[phase == 2].tolist() or [math.nan]
     plot.show(
-        args, [*columns, "phase"], rows,
+        args, ["sigma", "V_DSM", *columns], rows,
         [dict(y={"V of D": "target for D", "V of noise": "target for noise", "V of scores":
                  "target for score", "D(sigma)": "D(sigma)"}, ylim=(1e-4, 5),
               ylabel="V and D, each over its maximum",
               title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
-         dict(y={size: f"STF, {size}" for size in left}, ylabel="V_STF/V_DSM",
+         dict(y={f"n = {size}": f"STF, n = {size}" for size in args.n}, ylabel="V_STF/V_DSM",
               title="variance that n references leave"),
          dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
                  f"n = {n}": "V_STF"}, ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
@@ -166,20 +164,19 @@ def ess(args):
 
         effective sample size = 1/sum_k w_k^2
 
-    Where that size is 1, the target is x0, as DSM's, and nothing is won.  In the paper's three
-    phases it is 1, some, and n.  A few seconds.
+    Where that size is 1, the target is x0, as DSM's, and nothing is won.  A few seconds.
     """
     reference, g = random_rows(args, args.data, max(args.n))
     x0, levels = reference[:args.num], torch.tensor(sorted(args.levels), dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
     sizes = sorted({min(n, len(reference)) for n in args.n})
     curves = {f"n = {n}": effective_size(x0[:n], noise[:n], levels, reference[:n]) for n in sizes}
-    schedules = dict(EDM=EDM(), VE=VE(), VP=VP())
-    density = {name: plot.log_density(schedule, levels) for name, schedule in schedules.items()}
+    density = {}
     print("\nshare of training samples for which STF averages more than two references\n")
-    for name, size in curves.items():
-        shares = [f"{schedule} {share_above(2, size, levels, own):6.1%}"
-                  for schedule, own in schedules.items()]
+    for name, schedule in dict(EDM=EDM(), VE=VE(), VP=VP()).items():
+        density[name] = plot.log_density(schedule, levels)
+        shares = [f"{curve} {share_above(2, size, levels, schedule):6.1%}"
+                  for curve, size in curves.items()]
         print(f"{name:>10}   " + "   ".join(shares))
     plot.show(
         args, ["sigma", *curves, *density],
@@ -218,22 +215,19 @@ def target_bias(x, sigma, rows, n, repeats, with_source, g):
 def bias(args):
     """The mean of STF's target against E[x0 | x], with and without the source (STF eq. 7, Thm. 1).
 
-    The paper calls STF biased.  But given x and the unordered references, the source of x is y_k
-    with probability w_k: the target is E[x0 | x, references], and its mean is E[x0 | x] for every
-    n, if the source is among them, as Algorithm 1 has it.  Without it the bias falls as 1/n.
-    In units of the standard deviation of DSM's target.  About 1 minute.
+    losses.stf_target says why there is no bias with it; without it the bias falls as 1/n.  In
+    units of the standard deviation of DSM's target.  About 1 minute.
     """
     rows, g = random_rows(args, args.data, 1000)
-    rows, noise = rows.flatten(1), torch.randn(args.num, *rows.shape[1:], generator=g).double()
-    table = []
+    rows, table = rows.flatten(1), []
+    noise = torch.randn(args.num, rows.shape[1], generator=g).double()
     for n in plot.progress("reference sizes", args.n):
         table.append([n])
-        for level in args.levels:
+        for level, with_source in itertools.product(args.levels, (True, False)):
             sigma = torch.tensor(level, dtype=torch.float64)
-            x = rows[:args.num] + sigma * noise.flatten(1)
-            for with_source in (True, False):
-                square, V = target_bias(x, sigma, rows, n, args.repeats, with_source, g)
-                table[-1].append(abs(square / V) ** 0.5)
+            x = rows[:args.num] + sigma * noise
+            square, V = target_bias(x, sigma, rows, n, args.repeats, with_source, g)
+            table[-1].append(abs(square / V) ** 0.5)
     kinds = [f"{kind} {level:g}" for level in args.levels for kind in ("with", "without")]
     plot.show(
         args, ["n", *kinds], table,
@@ -249,8 +243,7 @@ def bias(args):
 def table(args):
     """Distances of samples to the data after DSM and after STF (STF tables 1, 2).
 
-    By schedule and sampler, as in the paper: VE by RK45 and PC, VP by RK45, PC and DDIM, EDM by
-    Heun; --rtol is RK45's tolerance (the paper's: 1e-5).  The paper: STF is better with each.
+    By schedule and sampler, as in the paper; --rtol is RK45's tolerance (the paper's: 1e-5).
     26 minutes on one core.
     """
     both = dict(rk45=dict(steps=2, rtol=args.rtol), pc=dict(steps=args.pc))
@@ -258,13 +251,12 @@ def table(args):
                     edm=dict(heun=dict(steps=args.heun)))
 
     def draws(name, folder):
-        schedule = name[0]
-        for sampler, how in samplers[schedule].items():
-            yield (schedule, sampler), folder, dict(how, sampler=sampler)
+        for sampler, how in samplers[name[0]].items():
+            yield (name[0], sampler), folder, dict(how, sampler=sampler)
 
     variants = {}
     for schedule in args.schedules:
-        given = RUNS | args.options | dict(schedule=schedule)
+        given = dict(cond=False) | args.options | dict(schedule=schedule)
         variants[schedule, "dsm"] = given | dict(loss="dsm")
         variants[schedule, "stf"] = given | dict(loss="stf", ref_batch=args.n)
     found, judge = plot.distances(args, variants, draws)
@@ -280,13 +272,13 @@ def table(args):
         xlabel="sampler, and network calls for a sample", **judge.axes)
 
 
-def seconds_a_step(run, repeats=30):
-    """The shortest time, over some steps, of a batch, its loss and its gradient in a run."""
+def seconds_a_step(run):
+    """The shortest time, over 30 steps, of a batch, its loss and its gradient in a run."""
     denoiser, options = evaluate.load_run(run)
     schedule, weight = evaluate.build_schedule(options), evaluate.build_weight(options)
     pixels, labels = train.on_device(evaluate.run_data(options), options.device)
     times = []
-    for step in range(repeats):
+    for step in range(30):
         start = time.perf_counter()
         batch = train.draw_batch(pixels, labels, options, schedule, step)
         loss = train.objective(options, denoiser, batch, weight, denoiser.precondition, None)
@@ -300,11 +292,9 @@ def held_out_errors(run):
     """{step: E|D - x0|^2/d} of rows that training does not see, averaged weights: the geometric
     mean over the noise levels of evaluate.LEVELS."""
     errors = {}
-    for line in Path(run, "log.jsonl").read_text().splitlines():
-        found = json.loads(line)
-        if "held_out" in found:
-            levels = torch.tensor(found["held_out"]["ema"], dtype=torch.float64)
-            errors[found["step"]] = levels.log().mean().exp().item()
+    for line in map(json.loads, Path(run, "log.jsonl").read_text().splitlines()):
+        if "held_out" in line:
+            errors[line["step"]] = math.exp(np.log(line["held_out"]["ema"]).mean())
     return errors
 
 
@@ -313,10 +303,9 @@ def speed(args):
 
     n = 1 is DSM.  The error is E|D - x0|^2/d, as a geometric mean over noise levels from .02 to 50.
     The time is that of batch, loss and gradient, measured apart from training.  Runs on VE, as in
-    the paper, but on a ring of 8 Gaussians.  The paper: STF trains faster, and more references
-    help.  About 3 minutes.
+    the paper, but on a ring of 8 Gaussians.  About 3 minutes.
     """
-    given = dict(data="ring", schedule="ve", batch=64, eval_every=150) | RUNS | args.options
+    given = dict(data="ring", schedule="ve", batch=64, eval_every=150, cond=False) | args.options
     rows = []
     for n in plot.progress("numbers of references", [1, *args.n]):
         own = dict(loss="stf", ref_batch=n) if n > 1 else dict(loss="dsm")

@@ -3,8 +3,7 @@
     python -m papers.taylor gradvar                     from the repository's root
 
 Source: Jeha et al. 2024, "Variance reduction of diffusion model's gradients with Taylor
-approximation-based control variate" (TCV).  Of it only the summary and the figures' captions are
-known here; losses.taylor_terms derives the control anew.
+approximation-based control variate" (TCV).  losses.taylor_terms derives the control anew.
 
 A share is the samples behind one gradient: one sample, or a mini-batch with a common reference.
 """
@@ -23,7 +22,6 @@ from networks import MLP, Denoiser
 from papers import plot
 from schedules import EDM
 
-EXACT = 8          # coordinates up to which controls take the exact trace, above it one probe
 ACTIVATIONS = dict(silu=torch.nn.functional.silu, tanh=torch.tanh, relu=torch.relu)
 
 
@@ -34,112 +32,91 @@ def draw_shares(net, pool, num, m, n, g):
 
         x0, noise, probe (m copies, ...), all first samples first;  reference (n, copies, ...)
 
-    The samples of a share are the first of its references.  The probe has random signs.
+    The samples of a share are the first of its references.  The probe has random signs; it is None
+    in up to 8 coordinates, where controls take the exact trace.
     """
     copies = max(1, 2 ** 18 // sum(p.numel() for p in net.parameters()))          # caches hold it
     copies = min(copies, num)
-    for _ in range(math.ceil(num / copies)):
+    for _ in range(0, num, copies):
         reference = pool[torch.randint(len(pool), (n, copies), generator=g)]
         x0 = reference[:m].flatten(0, 1)
         noise, probe = torch.randn(2, *x0.shape, generator=g).to(x0)
-        yield x0, noise, probe.sign(), reference
+        yield x0, noise, probe.sign() if x0[0].numel() > 8 else None, reference
 
 
-def own_target(reference, x, sigma):
-    """stf_target of each share's samples with its own references (n, copies, ...)."""
-    shape = -1, reference.shape[1]
-    x, sigma = x.unflatten(0, shape), sigma.unflatten(0, shape)
-    return torch.vmap(stf_target, 1, 1)(x, sigma, reference).flatten(0, 1)
+def gradients(net, shares, weight, sigma, orders, sizes, label=None):
+    """Each share's gradients, {name: (copies, p) float64}, of losses, all of one mean, and then of
+    controls, of mean 0.  label: the class of the samples, for a network that is told it.
 
-
-def own_parameters(net, copies, label=None):
-    """denoise(x, sigma) in which each share has parameters of its own, all equal to the network's;
-    and these, (copies, ...) each: the gradient of a sum then holds one gradient for each share."""
+    A share has parameters theta of its own, equal to the network's: the gradient of a sum over
+    shares then holds one for each.
+    """
+    x0, noise, probe, reference = shares
+    copies = reference.shape[1]
     theta = {name: p.detach().expand(copies, *p.shape).requires_grad_()
              for name, p in net.named_parameters()}
 
-    def one(theta, x, sigma):
+    def each(f, own, x, sigma):                  # f(own, x, sigma) of each share, from (copies, ..)
+        x, sigma = x.unflatten(0, (-1, copies)), sigma.unflatten(0, (-1, copies))
+        return torch.vmap(f, (0, 1, 1), 1)(own, x, sigma).flatten(0, 1)
+
+    def denoise(theta, x, sigma):
         labels = None if label is None else torch.full((len(x),), label)
         return torch.func.functional_call(net, theta, (x, sigma, labels))
 
-    def denoise(x, sigma):
-        x, sigma = x.unflatten(0, (-1, copies)), sigma.unflatten(0, (-1, copies))
-        return torch.vmap(one, (0, 1, 1), 1)(theta, x, sigma).flatten(0, 1)
-    return denoise, list(theta.values())
+    def target(reference, x, sigma):
+        return stf_target(x, sigma, reference)
 
-
-def share_gradients(values, theta):
-    """Of each of k values (B,), the gradients of its mean over a share: (k, copies, p) float64."""
-    gradients = []
-    for value in values:
-        m = len(value) // len(theta[0])
-        g = torch.autograd.grad(value.sum() / m, theta, retain_graph=True, materialize_grads=True)
-        gradients.append(torch.cat([a.flatten(1) for a in g], dim=1).double())
-    return torch.stack(gradients)
-
-
-def estimates(denoise, shares, sigma, weight, c_skip, orders, sizes):
-    """{name: (B,)} of losses, all of one mean, and of controls of mean 0."""
-    x0, noise, probe, reference = shares
-    given = denoise, x0, noise, sigma, weight
-    probe = probe if x0[0].numel() > EXACT else None
-    with sdpa_kernel(SDPBackend.MATH):       # attention that has second derivatives, and for vmap
-        losses = dict(DSM=dsm_loss(*given), antithetic=antithetic_loss(*given))
-        for n in sizes:
-            losses[f"STF {n}"] = stf_loss(*given, partial(own_target, reference[:n]))
-        controls = {f"order {k}": taylor_terms(*given, c_skip, k, probe)[1] for k in orders}
-    return losses, controls
-
-
-def variances(net, pool, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=1.0, label=None):
-    """{name: (left, beta)}, see left_by, and the trace of the covariance of DSM's gradient.
-
-    From at least num shares of m samples; `scale` (p,) multiplies each gradient first.  label: the
-    class of the pool's rows, for a network that is told it.
-    """
     def c_skip(s):
         return net.precondition(s)[0]
 
+    s = x0.new_full((len(x0), *[1] * (x0.ndim - 1)), sigma)
+    given = partial(each, denoise, theta), x0, noise, s, weight
+    with sdpa_kernel(SDPBackend.MATH):       # attention that has second derivatives, and for vmap
+        values = dict(DSM=dsm_loss(*given), antithetic=antithetic_loss(*given))
+        for n in sizes:
+            own = partial(each, target, reference[:n].transpose(0, 1))
+            values[f"STF {n}"] = stf_loss(*given, own)
+        for k in orders:
+            values[f"order {k}"] = taylor_terms(*given, c_skip, k, probe)[1]
+    for name, value in values.items():
+        mean = value.sum() / (len(x0) // copies)
+        g = torch.autograd.grad(mean, [*theta.values()], retain_graph=True, materialize_grads=True)
+        values[name] = torch.cat([part.flatten(1) for part in g], 1).double()
+    return values
+
+
+def variances(net, pool, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=1.0, label=None):
+    """{name: V}, V the trace of the covariance of the gradient, and {control: beta}.
+
+        V = Var(loss)   or   Var(DSM - beta control),
+        beta = Cov(DSM, control)/Var(control), which makes that least
+
+    From at least num shares of m samples; `scale` (p,) multiplies each gradient first.
+    """
     square, total, count = 0, 0, 0
     for shares in draw_shares(net, pool, num, m, max([m, *sizes]), g):
-        x0, reference = shares[0], shares[-1]
-        denoise, theta = own_parameters(net, reference.shape[1], label)
-        s = x0.new_full((len(x0), *[1] * (pool.ndim - 1)), sigma)
-        losses, controls = estimates(denoise, shares, s, weight, c_skip, orders, sizes)
-        G = scale * share_gradients([*losses.values(), *controls.values()], theta)
+        found = gradients(net, shares, weight, sigma, orders, sizes, label)
+        G = scale * torch.stack([*found.values()])
         square, total = square + G.flatten(1) @ G.flatten(1).T, total + G.sum(1)
         count += G.shape[1]
     cov = square / count - total @ total.T / count ** 2                           # (k, k)
-    return left_by(losses, controls, cov), cov[0, 0].item()
+    names, V, losses = [*found], cov.diag(), len(found) - len(orders)
+    beta = cov[0, losses:] / V[losses:]
+    V = torch.cat([V[:losses], V[0] - beta * cov[0, losses:]])
+    return dict(zip(names, V.tolist())), dict(zip(names[losses:], beta.tolist()))
 
 
-def left_by(losses, controls, cov):
-    """{name: (left, beta)} from the covariances (k, k) of losses, the first DSM's, and controls.
-
-        left = Var(loss)/Var(DSM)   or   Var(DSM - beta control)/Var(DSM),
-        beta = Cov(DSM, control)/Var(control), which makes that least
-    """
-    found = {}
-    for i, name in enumerate(losses):
-        found[name] = (cov[i, i] / cov[0, 0]).item(), 0.0
-    for j, name in enumerate(controls, len(losses)):
-        beta = cov[0, j] / cov[j, j]
-        found[name] = (1 - beta * cov[0, j] / cov[0, 0]).item(), beta.item()
-    return found
-
-
-def average_left(net, pool, num, g, scale=1.0, levels=6):
-    """{name: left}, at its best beta: variances summed over quantiles of EDM's training noise, over
-    DSM's."""
-    left, whole = {}, 0
-    u = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+def average_left(net, pool, num, g, scale=1.0):
+    """{name: V over DSM's}, with V summed over quantiles of EDM's training noise."""
+    total = {}
+    u = (torch.arange(6, dtype=torch.float64) + 0.5) / 6
     for sigma in EDM().training_sigma(u).tolist():
-        found, dsm = variances(net, pool, EDM().weight, sigma, num, g, 1, (0, 1), (), scale)
-        whole += dsm
-        for name, (share, _) in found.items():
-            left[name] = left.get(name, 0) + dsm * share
-    del left["DSM"]
-    return {name: value / whole for name, value in left.items()}
+        found, _ = variances(net, pool, EDM().weight, sigma, num, g, orders=(0, 1), scale=scale)
+        for name, V in found.items():
+            total[name] = total.get(name, 0) + V
+    dsm = total.pop("DSM")
+    return {name: V / dsm for name, V in total.items()}
 
 
 # ---- The toy: a ring of Gaussians, and MLPs ------------------------------------------------------
@@ -196,12 +173,9 @@ def measured(args, g):
         net = fitted(mlp(args.seed), pool, args.training, g)
         return net, pool, None, EDM().weight, "ring, an MLP"
     net, options = evaluate.load_run(args.run, "cpu")
-    data, label = evaluate.run_data(options), None
-    rows = torch.randperm(len(data.x), generator=g)[:20_000]
-    pool, labels = evaluate.take(data, rows)
-    if options.classes:
-        label = 0
-        pool = pool[labels == label]
+    data, label = evaluate.run_data(options), 0 if options.classes else None
+    pool, labels = evaluate.take(data, torch.randperm(len(data.x), generator=g)[:20_000])
+    pool = pool if label is None else pool[labels == label]
     return net, pool, label, evaluate.build_weight(options), f"{data.name}, network of {args.run}"
 
 
@@ -220,12 +194,12 @@ def gradvar(args):
     rows = []
     for sigma in plot.progress("noise levels", sorted(args.levels)):
         given = net, pool, weight, sigma
-        found, _ = variances(*given, num, g, 1, args.orders, args.n, label=label)
-        batches, _ = variances(*given, max(num // 4, 2), g, args.batch, (), args.n, label=label)
+        V, beta = variances(*given, num, g, 1, args.orders, args.n, label=label)
+        batch, _ = variances(*given, max(num // 4, 2), g, args.batch, (), args.n, label=label)
         row = dict(sigma=sigma)
-        row |= {name: found[name][0] for name in ("antithetic", *orders, *sizes)}
-        row |= {f"{name}, shared": batches[name][0] for name in sizes}
-        row |= {f"beta, {name}": found[name][1] for name in orders}
+        row |= {name: V[name] / V["DSM"] for name in ("antithetic", *orders, *sizes)}
+        row |= {f"{name}, shared": batch[name] / batch["DSM"] for name in sizes}
+        row |= {f"beta, {name}": beta[name] for name in orders}
         rows.append(row)
     own = {name: f"{name}, own references" for name in sizes}
     shared = {f"{name}, shared": f"{name}, shared by {args.batch}" for name in sizes}
@@ -246,20 +220,20 @@ ORDERS = {"order 0": 0, "order 1": 1}
 METHODS = ["DSM", "DSM, 2 batches", "STF 256", "antithetic", *ORDERS, "exact target"]
 
 
-def loss_by(method, net, pool, batch, sigma, g):
-    """The mean loss of a batch at one noise level, by one of METHODS.
+def loss_by(method, net, pool, sigma, g):
+    """The mean loss of a batch of 64 at one noise level, by one of METHODS.
 
     The exact target is E[x0 | x], without variance.  The control's factor beta is RunningBeta's
     first guess, 1/(1 + (sigma/.13)^1.3).
     """
+    reference = pool[torch.randint(len(pool), (256,), generator=g)]
+    x0 = reference[:128 if method == "DSM, 2 batches" else 64]
+    s, noise = torch.full((len(x0), 1), sigma), torch.randn(x0.shape, generator=g)
+    given = net, x0, noise, s, EDM().weight
+
     def c_skip(s):
         return EDM().precondition(s)[0]
 
-    count = 2 * batch if method == "DSM, 2 batches" else batch
-    reference = pool[torch.randint(len(pool), (max(count, 256),), generator=g)]
-    x0 = reference[:count]
-    s, noise = torch.full((len(x0), 1), sigma), torch.randn(x0.shape, generator=g)
-    given = net, x0, noise, s, EDM().weight
     if method == "antithetic":
         return antithetic_loss(*given).mean()
     if method == "STF 256":
@@ -272,28 +246,23 @@ def loss_by(method, net, pool, batch, sigma, g):
     return dsm_loss(*given).mean()
 
 
-@torch.no_grad()
-def relative_error(net, x0, sigma):
-    """E|D - E[x0 | x]|^2 over that of a fresh network, D = c_skip x, at one level, on the ring."""
-    s = torch.full((len(x0), 1), sigma)
-    x = x0 + s * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    mean, fresh = ring_mean(x, s), EDM().precondition(s)[0] * x
-    return (((net(x, s) - mean) ** 2).sum() / ((fresh - mean) ** 2).sum()).item()
-
-
-def errors_of(method, pool, level, steps, marks, seed):
-    """relative_error after each of marks steps by one of METHODS; Adam, batches of 64, averaged."""
+def errors_of(method, pool, level, marks, seed):
+    """The error that `converge` shows, of averaged weights, after each of marks steps of Adam."""
     net, average, g = mlp(seed), mlp(seed), torch.Generator().manual_seed(seed)
+    s, fixed = torch.full((4096, 1), level), torch.Generator().manual_seed(1)
+    x = pool[:4096] + s * torch.randn(4096, 2, generator=fixed)
+    mean = ring_mean(x, s)
+    fresh = (EDM().precondition(s)[0] * x - mean).square().sum()
     optimizer, errors = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), []
-    for step in range(1, steps + 1):
+    for step in range(1, marks[-1] + 1):
         optimizer.zero_grad()
-        loss_by(method, net, pool, 64, level, g).backward()
+        loss_by(method, net, pool, level, g).backward()
         optimizer.step()
         with torch.no_grad():
-            for mean, p in zip(average.parameters(), net.parameters()):
-                mean.lerp_(p, 1 / 500)
-        if step in marks:
-            errors.append(relative_error(average, pool[:4096], level))
+            for slow, p in zip(average.parameters(), net.parameters()):
+                slow.lerp_(p, 1 / 500)
+            if step in marks:
+                errors.append(((average(x, s) - mean).square().sum() / fresh).item())
     return errors
 
 
@@ -306,14 +275,14 @@ def converge(args):
     cost two evaluations of the network for each sample, order 1 about five.  About 2 minutes.
     """
     pool, marks = points(), sorted({max(1, args.training * k // 20) for k in range(1, 21)})
-    rows = [[level, step] for level in args.levels for step in marks]
-    for method in plot.progress("methods", METHODS):
-        errors = []
-        for seed in range(args.seed, args.seed + args.seeds):
-            errors.append([error for level in args.levels for error in errors_of(
-                method, pool, level, args.training, marks, seed)])
-        for row, of_seeds in zip(rows, zip(*errors)):
-            row += plot.mean_and_sd(of_seeds)
+    seeds, rows = range(args.seed, args.seed + args.seeds), []
+    for level in plot.progress("noise levels", args.levels):
+        table = [[level, step] for step in marks]
+        for method in METHODS:
+            errors = [errors_of(method, pool, level, marks, seed) for seed in seeds]
+            for row, of_seeds in zip(table, zip(*errors)):
+                row += plot.mean_and_sd(of_seeds)
+        rows += table
     plot.show(
         args, ["sigma", "step", *plot.with_sd(METHODS)], rows,
         [dict(where=("sigma", level), title=f"sigma = {level:g}") for level in args.levels],
@@ -333,12 +302,11 @@ def optimizers(args):
     """
     pool, marks = points(), {max(1, round(args.training ** (k / 9))) for k in range(10)}
     table = {step: dict(step=step) for step in sorted(marks)}
-    for name in ("Adam", "SGD"):
+    kinds = dict(Adam=partial(torch.optim.Adam, lr=3e-3),
+                 SGD=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    for name, kind in kinds.items():
         net, g = mlp(args.seed), torch.Generator().manual_seed(args.seed)
-        if name == "Adam":
-            optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-        else:
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = kind(net.parameters())
         for step in plot.progress(f"steps by {name}", range(1, args.training + 1)):
             x0 = pool[torch.randint(len(pool), (256,), generator=g)]
             sigma = EDM().training_sigma(torch.rand(256, 1, generator=g))
@@ -353,14 +321,14 @@ def optimizers(args):
                 square = [optimizer.state[p]["exp_avg_sq"].flatten() for p in net.parameters()]
                 scales["Adam's step"] = 1 / (torch.cat(square).double().sqrt() + 1e-8)
             for of, scale in scales.items():
-                found = average_left(net, pool, args.num,
-                                     torch.Generator().manual_seed(args.seed), scale)
-                table[step] |= {f"{of} {kind}": left for kind, left in found.items()}
+                same = torch.Generator().manual_seed(args.seed)
+                found = average_left(net, pool, args.num, same, scale)
+                table[step] |= {f"{of} {control}": left for control, left in found.items()}
     titles = {"Adam": "gradient, while Adam trains", "Adam's step": "Adam's step",
               "SGD": "gradient, while SGD trains"}
     plot.show(
         args, list(table[1]), [list(row.values()) for row in table.values()],
-        [dict(y={f"{of} {kind}": kind for kind in found}, title=title)
+        [dict(y={f"{of} {control}": control for control in found}, title=title)
          for of, title in titles.items()],
         "ring, an MLP: variance that is left while it trains; plain DSM is 1",
         xlabel="training steps", ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1.1))

@@ -1,7 +1,15 @@
 """oracles.py: what the tests share: seeded noise, comparisons, Gaussian data, standard errors."""
 
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from networks import Denoiser, UNet
+from schedules import EDM
 
 
 def generator(seed):
@@ -27,6 +35,15 @@ def shaped(values, x):
     """values (B,) or (K, B) -> (..., 1, ..., 1), which broadcasts with x (B, ...)."""
     values = torch.as_tensor(values).to(x)
     return values.view(*values.shape, *[1] * (x.ndim - 1))
+
+
+def small_unet(**options):
+    """8x8, attention at 4x4; every parameter random, so that no branch is off."""
+    torch.manual_seed(0)
+    net = UNet(8, 1, width=8, mult=(1, 2), blocks=1, attend=(4,), **options)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return Denoiser(net, EDM().precondition)
 
 
 class Largest(TorchDispatchMode):
@@ -73,13 +90,29 @@ def largest_z(samples):
 MEAN, VARIANCE = tensor(0.3, -1.0), tensor(1.0, 0.1)
 
 
-def gaussian_batch(B, seed, low=0.1, high=3.0):
-    """x0 ~ N(MEAN, VARIANCE), noise, and sigma log-uniform between low and high."""
+def gaussian_batch(seed, B=40_000):
+    """x0 ~ N(MEAN, VARIANCE), noise, and sigma log-uniform between .1 and 3."""
     x0 = MEAN + VARIANCE.sqrt() * randn(B, 2, seed=seed)
     u = torch.rand(B, 1, generator=generator(seed + 1), dtype=torch.float64)
-    return x0, randn(B, 2, seed=seed + 2), low * (high / low) ** u
+    return x0, randn(B, 2, seed=seed + 2), 0.1 * 30 ** u
 
 
 def gaussian_denoiser(x, sigma):
     """E[x0 | x], the Wiener filter."""
     return MEAN + VARIANCE / (VARIANCE + sigma ** 2) * (x - MEAN)
+
+
+# ---- Commands of papers/ -------------------------------------------------------------------------
+
+def called(paper, name, out, options, **arguments):
+    """The rows of the CSV that a command writes to the folder `out`; its defaults but for these."""
+    function, defaults = paper.COMMANDS[name]
+    title = paper.__name__.removeprefix("papers.")
+    given = dict(paper=title, command=name, seed=0, out=str(out), options=options)
+    function(SimpleNamespace(**defaults | given | arguments))
+    return list(csv.DictReader((out / f"{title}-{name}.csv").read_text().splitlines()))
+
+
+def runs():
+    """The options of all runs that commands have trained."""
+    return [json.loads(path.read_text()) for path in Path("plots/runs").glob("*/options.json")]

@@ -6,14 +6,12 @@ is still to come.  Payloads make a folder if they are unpickled, which would be 
 """
 
 import errno
-import gzip
-import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -31,17 +29,15 @@ TINY = "--width 8 --blocks 1 --batch 4 --ref-batch 8 --warmup 0 --sample-steps 1
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    folder, here = tmp_path_factory.mktemp("template"), os.getcwd()
-    os.chdir(folder)
-    try:
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         np.save("points.npy", np.random.default_rng(0).standard_normal((20, 2)).astype("f4"))
         np.savez("images.npz", images=noise(20, 8, 8, 3), labels=np.arange(20) % 2)
         for argv in [f"--data points.npy --steps 2 --checkpoint-every 1 --out points {TINY}",
                      f"--data images.npz --steps 1 --cond --mult 1 --out images {TINY}"]:
             assert train.main(argv.split()) == 0
         Path("points/checkpoint-0000002.pt").unlink()
-    finally:
-        os.chdir(here)
     return folder
 
 
@@ -56,7 +52,7 @@ def tree():
 
 
 def command(line):
-    tool, *argv = line.split() if isinstance(line, str) else line
+    tool, *argv = shlex.split(line)
     return dict(train=train, evaluate=evaluate)[tool].main(argv)
 
 
@@ -68,7 +64,7 @@ class Hostile:
 # ---- What makes the files ------------------------------------------------------------------------
 
 def put(path, content):
-    """A file of bytes or of an array, or, of a dict, the .zip, .tgz, .npz or folder."""
+    """A file of bytes or an array; or a .zip, .tgz, .npz or folder of a dict."""
     if isinstance(content, np.ndarray):
         np.save(path, content)
     elif isinstance(content, bytes):
@@ -80,23 +76,9 @@ def put(path, content):
         {".zip": write_zip, ".tgz": write_tar}.get(Path(path).suffix, write_folder)(path, content)
 
 
-def cut(path):
-    put(path, Path(path).read_bytes()[:Path(path).stat().st_size // 2])
-
-
-def labelled(text):
-    """Images with EDM's dataset.json."""
-    return PNGS | {"dataset.json": b'{"labels": ' + text.encode() + b"}"}
-
-
 def checkpoint(**changes):
     """Changes the checkpoint of points."""
     torch.save(torch.load(CHECKPOINT, weights_only=True) | changes, CHECKPOINT)
-
-
-def inception(content):
-    os.mkdir("data")
-    torch.save(content, f"data/{evaluate.INCEPTION}")
 
 
 # ---- Cases ---------------------------------------------------------------------------------------
@@ -115,14 +97,11 @@ OPTIONS = {name: (None, *case) for name, case in {
     "Inception for points": (f"{NEW} --fid-every 1 --fid-features inception", "pixels for points"),
     "more steps than levels": (f"{NEW} --schedule ddpm --sample-steps 1001", "choose fewer"),
     "a folder of downloads in a file": ("train --data cifar10 --data-dir points.npy", "--data-dir"),
-    "an unset variable, data": ([*NEW.split(), "--data", ""], "no file, folder or data set ''"),
-    "an unset variable, run": (["train", "--resume", ""], "--resume"),
-    "resume with another rate": (f"{RESUME} --lr 1", "cannot change --lr"),
-    "sample nowhere": ("evaluate sample nowhere", "nowhere does not exist"),
+    "an unset variable, data": (f"{NEW} --data ''", "no file, folder or data set ''"),
+    "an unset variable, run": ("train --resume ''", "'' does not exist"),
+    "sample nowhere": ("evaluate sample nowhere", "'nowhere' does not exist"),
     "sample a folder of something else": ("evaluate sample .", "has no checkpoint"),
-    "sample data": ("evaluate sample points.npy", "no checkpoint of train.py"),
     "sample into what is no picture": (f"{SAMPLE} --out x.gif", ".png"),
-    "sample with a choice of others": (f"{SAMPLE} --sampler heun --rtol 0.1", "rtol"),
     "sample with a choice out of range": (f"{SAMPLE} --sampler ddim --eta 2", "within [0, 1]"),
     "sample with beta in ddim": (f"{SAMPLE} --sampler ddim --variance beta", "ddpm"),
     "sample by a head that is none": (f"{SAMPLE} --sampler ddpm --variance npr", "--head npr"),
@@ -131,7 +110,6 @@ OPTIONS = {name: (None, *case) for name, case in {
     "sample a class of a run without": (f"{SAMPLE} --class 1", "leave the option out"),
     "sample weights that are none": (f"{SAMPLE} --weights 77", "raw, ema and 20000"),
     "fid of other shapes": (f"{FID} --ref images.npz", "shape (3, 8, 8)"),
-    "fid of points by Inception": (f"{FID} --features inception", "pixels for points"),
 }.items()}
 
 FILES = {          # name: (file, its content, a part of the sentence)
@@ -139,85 +117,70 @@ FILES = {          # name: (file, its content, a part of the sentence)
     "an empty folder": ("x", {"a.txt": b"text"}, "end in .png .jpg"),
     "three images": ("x.zip", pngs(GRAY[:3]), "at least 4"),
     "images not square": ("x.npy", noise(4, 4, 6), "image 0 of x.npy is 6x4"),
-    "a tar of something else": ("x.tgz", {"a.txt": b"text"}, "has none of data_batch"),
-    "a file no image": ("x.zip", PNGS | {"1.png": b"text"}, "x.zip/1.png"),
+    "a tar of something else": ("x.tgz", {"a.txt": b"text"}, "has no data_batch_1.bin"),
     "half a picture": ("x", PNGS | {"1.png": PNGS["1.png"][:45]}, "x/1.png"),
     "a picture of a kind unknown": ("x", PNGS | {"1.png": encoded(GRAY[1], "PCX")}, "x/1.png"),
     "mixed sizes": ("x.zip", PNGS | {"1.png": encoded(noise(5, 5))}, "x.zip/1.png is 5x5"),
     "images beside folders": ("x", PNGS | {"cat/1.png": PNGS["1.png"]}, "sub-folder"),
-    "labels of half the images": ("x.zip", labelled('[["0.png", 0], ["1.png", 1]]'), "2.png"),
-    "labels in words": ("x.zip", labelled(json.dumps([[name, "cat"] for name in PNGS])),
-                        "whole numbers"),
+    "labels of one image": ("x.zip", PNGS | {"dataset.json": b'{"labels": [["0.png", 0]]}'},
+                            "disagree about 1.png"),
+    "labels in words": ("x.npz", dict(images=GRAY, labels=list("abab")), "whole numbers"),
     "labels below 0": ("x.npz", dict(images=GRAY, labels=[0, 1, 0, -1]), "whole numbers"),
     "labels too few": ("x.npz", dict(images=GRAY, labels=[0, 1]), "one label for each"),
     "hostile images": ("x.npz", dict(images=HOSTILE), "x.npz"),
     "images from 0 to 1": ("x.npy", GRAY / 255, "uint8"),
     "points that are NaN": ("x.npy", np.full((4, 2), np.nan), "NaN"),
-    "half a tar": ("x.tgz", gzip.compress(noise(999).tobytes())[:500], "that it is whole"),
-    "an idx too short": ("x-idx3-ubyte", idx(GRAY)[:-1], "size 63 into shape (4,4,4)"),
+    "an idx too short": ("x-idx3-ubyte", idx(GRAY)[:-1], "that it is whole"),
 }
 DATA = {name: (partial(put, file, content), f"{TRAIN} {file}", part)
         for name, (file, content, part) in FILES.items()} | {
-    "data that has changed": (partial(put, "points.npy", GRAY), RESUME, "other data"),
-    "data that is gone": (partial(os.remove, "points.npy"), FID, "'points.npy'"),
-    "data that is gone from levels": (partial(os.remove, "points.npy"), "evaluate levels points",
-                                      "give --data a path"),
-    "data that is damaged": (partial(cut, "points.npy"), "evaluate levels points", "points.npy"),
+    "data that has changed": (partial(put, "points.npy", GRAY), "evaluate levels points",
+                              "other data"),
     "statistics for images": (partial(np.savez, "x.npz", mu=GRAY[0, 0], sigma=GRAY[0]),
                               f"{FID} --ref x.npz", "holds mu, sigma, not 'images'"),
 }
 
 RUNS = {
-    "an empty checkpoint": (partial(put, CHECKPOINT, b""), SAMPLE, "move it away"),
     "a hostile checkpoint": (partial(checkpoint, beta=Hostile()), RESUME, "damaged"),
-    "a checkpoint of something else": (partial(torch.save, [1, 2], CHECKPOINT), SAMPLE, "damaged"),
+    "a checkpoint of something else": (partial(torch.save, [1, 2], CHECKPOINT), SAMPLE,
+                                       "move it away"),
     "averages of another half-life": (partial(checkpoint, ema={"7": {}}), RESUME, "name another"),
     "weights of another network": (partial(checkpoint, model={"a": torch.ones(1)}),
                                    f"{SAMPLE} --weights raw", "not of this network"),
     "options of another program": (partial(checkpoint, options={"lr": 1}), SAMPLE,
                                    "the options of points"),
     "an optimizer of another network": (partial(checkpoint, optimizer={}), RESUME, "optimizer"),
-    "no options.json": (partial(os.remove, "points/options.json"), RESUME, "has no options.json"),
-    "half of options.json": (partial(cut, "points/options.json"), RESUME, "options.json"),
+    "no checkpoint": (partial(os.remove, CHECKPOINT), RESUME, "has no checkpoint"),
     "a damaged log": (partial(put, "points/log.jsonl", b"text}\n"), RESUME, "log.jsonl"),
-    "another network for Inception": (partial(inception, {}), INCEPTION, evaluate.INCEPTION_URL),
     "half of Inception": (partial(put, f"data/{evaluate.INCEPTION}", b"PK\3\4"), INCEPTION,
-                          evaluate.INCEPTION_URL),
+                          "remove it"),
 }
-CASES = {f"{kind}: {name}": case for kind, cases in dict(
-    options=OPTIONS, data=DATA, runs=RUNS).items() for name, case in cases.items()}
+CASES = OPTIONS | DATA | RUNS
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_costs_one_sentence(name, folder, capsys):
+def test_bad_input_costs_one_sentence(name, folder, capsys, recwarn):
     make, line, part = CASES[name]
     if make:
         make()
     before = tree()
-    with warnings.catch_warnings(record=True) as said:        # they, too, would stand on stderr
-        warnings.simplefilter("always")
-        status = command(line)
+    status = command(line)
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1 and len(error) > 30, error
     assert error.startswith(("train.py: ", "evaluate.py: ")) and part in error, error
     assert " object at 0x" not in error, error
-    assert not [w.message for w in said if issubclass(w.category, (UserWarning, RuntimeWarning))]
+    assert not [w for w in recwarn if issubclass(w.category, (UserWarning, RuntimeWarning))]
     assert tree() == before and not Path("owned").exists()
 
 
-def test_the_payload_would_be_seen_and_what_is_whole_is_taken(folder):
+def test_the_hostile_payload_would_be_seen(folder):
     pickle.loads(pickle.dumps(Hostile()))
     assert Path("owned").is_dir()
-    for name, content in {"x.zip": PNGS, "x.npy": GRAY, "x-idx3-ubyte": idx(GRAY),
-                          "x.tgz": {"data_batch_1.bin": bytes(4 * 3073)}}.items():
-        put(name, content)
-        assert len(evaluate.load_data(name).x) == 4
-    assert command(SAMPLE) == 0 and command(RESUME) == 0
 
 
 @pytest.mark.parametrize("line, file", [
     (f"{SAMPLE} --out x.png", "x.png"), (f"{SAMPLE} --out x.npz", "x.npz"),
-    (RESUME, "points/checkpoint-0000002.pt"), (NEW, "new/options.json")])
+    (NEW, "new/options.json")])
 def test_a_full_disk_is_told_and_nothing_half_written_is_left(line, file, folder, monkeypatch,
                                                               capsys):
     def full(_):
@@ -230,7 +193,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_is_left(line, file, folder
     assert error.count("\n") == 1 and not Path(file).exists() and not Path(f"{file}.part").exists()
 
 
-@pytest.mark.parametrize("line", [NEW, SAMPLE, FID, "evaluate levels points"])
+@pytest.mark.parametrize("line", [NEW, SAMPLE])
 def test_lack_of_memory_is_told(line, folder, monkeypatch, capsys):
     def exhausted(*given, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ..")
@@ -240,8 +203,7 @@ def test_lack_of_memory_is_told(line, folder, monkeypatch, capsys):
     assert "out of memory; " in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_class_names_beyond_the_terminals_letters_end_no_command(encoding, tmp_path):
+def test_class_names_beyond_the_terminals_letters_end_no_command(tmp_path):
     """Training on them, its report, a picture of one class, and the sentence for a wrong one."""
     for name in ("ключ", "猫"):
         write_folder(tmp_path / "pets" / name, pngs(noise(4, 8, 8, 3)))
@@ -254,9 +216,9 @@ def test_class_names_beyond_the_terminals_letters_end_no_command(encoding, tmp_p
         assert evaluate.main([*line.split(), "猫"]) == 0
         assert evaluate.main([*line.split(), "犬"]) == 2"""
     root = str(Path(train.__file__).parent)
-    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": root}
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, encoding=encoding)
+                          capture_output=True, encoding="ascii")
     assert done.returncode == 0, done.stderr
     assert "2 classes: ????, ?" in done.stdout and "class ?" in done.stdout
     assert done.stderr == "evaluate.py: --class ?: choose one of ????, ?\n"

@@ -1,8 +1,9 @@
 """Each public function or class of the four concept files works when pasted alone.
 
 Its source and what its docstring's `Needs:` names go into an empty module that has imported torch,
-numpy and math; there it must give what the original gives.  Arguments are found by their names,
-which are those of the contract: a new loss, weight, schedule or sampler needs no line here.
+numpy and math; there it must give what the original gives.  What others need runs there with them.
+Arguments are found by their names, which are those of the contract: a new loss, weight, schedule or
+sampler needs no line here.
 """
 
 import ast
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from schedules import EDM
 
 ROOT = Path(__file__).parent.parent
 HEADER = """
@@ -44,11 +47,10 @@ def sources(name):
 
 
 FILES = {name: sources(name) for name in ("schedules", "networks", "losses", "samplers")}
-every_function = pytest.mark.parametrize("file, name", [
-    (file, name) for file, found in FILES.items() for name in found])
+NEEDED = {need for found in FILES.values() for _, needs, _ in found.values() for need in needs}
 
 
-@every_function
+@pytest.mark.parametrize("file, name", [(file, name) for file in FILES for name in FILES[file]])
 def test_needs_names_what_is_used_in_the_file_directly_or_not(file, name):
     found, needed, new = FILES[file], set(), {name}
     while new:
@@ -70,31 +72,23 @@ def normal(*shape):
 GRID = torch.tensor([3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
 SIGMA, PAIR = torch.tensor([[0.5], [0.7], [1.1], [1.4]]), normal(2, 4, 2)
 IMAGE, LABELS = normal(4, 8, 8, 8), torch.tensor([0, 1, -1, 0])
-FRAME = types.SimpleNamespace(sigma=torch.clone, dsigma=torch.ones_like, s=torch.ones_like,
-                              ds=torch.zeros_like)
-BRANCHES = {"branch3x3": [(4, 1), (3, (1, 3), (3, 1))], "branch_pool": [(2, 1)]}
 ARGUMENTS = dict(
     networks=dict(
         model=lambda x, c_noise, *labels: x * c_noise.view(-1, 1, 1, 1), sigma=torch.tensor(0.5),
-        precondition=lambda sigma: (sigma, sigma, sigma, sigma), c_noise=SIGMA[:, 0], target="v",
-        channels=8, eps=1e-6, cin=8, cout=8, kernel=3, emb=16, dim=8, size=8, branches=BRANCHES,
-        classes=2, labels=LABELS, like=SIGMA, x=IMAGE, images=IMAGE[:1, :3]),
+        precondition=lambda sigma: (sigma, sigma, sigma, sigma), target="v", channels=8, dim=8,
+        size=8, classes=2, x=IMAGE, c_noise=SIGMA[:, 0], labels=LABELS, images=IMAGE[:1, :3]),
     losses=dict(
         denoise=denoise, with_head=lambda x, sigma: (denoise(x, sigma), x), x0=PAIR[0],
         noise=PAIR[1], sigma=SIGMA, weight=torch.reciprocal, c_skip=torch.reciprocal, x=PAIR[0],
-        reference=normal(5, 2), like=PAIR[0], w=torch.ones(4, 5), target=torch.multiply,
-        ladder=GRID[:3].flip(0), t=torch.tensor([1, 3]), K=2, B=4, p=0.5, images=IMAGE,
-        a=normal(4, 8), D0=PAIR[0], y=PAIR[1]),
+        reference=normal(5, 2), target=torch.multiply, ladder=GRID[:3].flip(0),
+        t=torch.tensor([1, 3]), K=2, B=4, p=0.5, a=normal(4, 8)),
     samplers=dict(
         denoise=denoise, conditional=denoise, unconditional=torch.multiply, weight=2.0, x=PAIR[0],
-        noise=lambda: PAIR[1], schedule=FRAME, t=GRID[1], sigma=GRID[1], h=GRID[2], k1=PAIR[1],
-        slope=lambda x, t: t * x, finite=[torch.tensor(True)], D=PAIR[1], head=denoise,
-        seeds=[1, 2], shape=(3,), levels=[0.5, 3.0], moments=[0.4, 0.9], score=PAIR[1], z=PAIR[0],
-        step=SIGMA, snr=0.16, alpha=0.9))
-COPIES = dict(x=PAIR, noise=PAIR, sigma=SIGMA.expand(2, 4, 1), tau=torch.ones(2, 4, 1))
+        noise=lambda: PAIR[1], schedule=EDM(), sigma=GRID[1], head=denoise, D=PAIR[1],
+        seeds=[1, 2], shape=(3,), levels=[0.5, 3.0], moments=[0.4, 0.9]))
+COPIES = dict(noise=PAIR, sigma=SIGMA.expand(2, 4, 1), tau=torch.ones(2, 4, 1))
 UNUSUAL = {                                                      # something else by these names
-    "together": COPIES, "path_noise": COPIES, "sa_loss": COPIES,
-    "taylor_control": dict(c_skip=SIGMA),
+    "path_noise": COPIES, "sa_loss": COPIES,
     "augmented_stf_target": dict(x=IMAGE, sigma=SIGMA[..., None, None], reference=IMAGE.flip(1)),
     "UNet": dict(width=8, mult=(1, 2), blocks=1, attend=(4,), fourier=True),
     "MLP": dict(x=IMAGE[:, 0, 0]),
@@ -113,47 +107,27 @@ def flat(result, names):
     if isinstance(result, torch.nn.Module):
         for p in result.eval().parameters():                     # fresh ones can be zero
             p.data.fill_(0.1)
-        names = names | dict(emb=normal(4, 16), input=IMAGE)      # what forward calls so
-        return flat(called(result.forward, names), names)
+        result = result.forward
     if callable(result):
         return flat(called(result, names), names)
     return torch.cat([flat(part, names) for part in result])
 
 
-def schedule(cls):
-    column, t = cls(), torch.tensor([0.3, 0.7])
-    if not hasattr(column, "time_steps"):                        # Ladder: its levels are to come
-        column.levels, column.time_steps = GRID.flip(0), torch.zeros
-    members = (column.sigma, column.sigma_inv, column.dsigma, column.s, column.ds,
-               column.training_sigma, column.weight)
-    return torch.cat([f(t) for f in members] + [column.time_steps(5), *column.precondition(t)])
-
-
-def record(f):
-    finite = []
-    f(PAIR, finite, None)
-    return finite[0]
-
-
-def initialise(f):
-    layers = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    f(layers, False)
-    return layers[0].weight.detach()
-
-
 def result(file, name, f):
     torch.manual_seed(0)
     if file == "schedules":
-        return schedule(f)
-    if name in ("record", "initialise"):                         # they return nothing
-        return {"record": record, "initialise": initialise}[name](f)
+        row, t = f(), torch.tensor([0.3, 0.7])
+        members = (row.sigma, row.sigma_inv, row.dsigma, row.s, row.ds, row.training_sigma,
+                   row.weight)
+        return torch.cat([f(t) for f in members] + [row.time_steps(5), *row.precondition(t)])
     names = ARGUMENTS[file] | UNUSUAL.get(name, {})
     if "callback" in inspect.signature(f).parameters:            # a sampler: all of its times
         names = names | dict(t=GRID, sigma=GRID)
     return flat(called(f, names), names)
 
 
-@every_function
+@pytest.mark.parametrize("file, name", [
+    (file, name) for file in FILES for name in FILES[file] if name not in NEEDED])
 def test_runs_alone(file, name):
     module = types.ModuleType("pasted")
     sys.modules["pasted"] = module                               # dataclass looks its module up

@@ -21,9 +21,11 @@ pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("folder"),
 DIGITS = ["--data", "digits", "--device", "cuda", "--sample-steps", "2", "--out", "run"]
 
 
-def logged(name):
-    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+@pytest.fixture(autouse=True)
+def settings_are_put_back():
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def test_stf_target_equals_float64_on_the_cpu_under_tf32_and_autocast():
@@ -38,16 +40,6 @@ def test_stf_target_equals_float64_on_the_cpu_under_tf32_and_autocast():
             target = losses.stf_target(x.cuda(), sigma.cuda(), y.cuda(), chunk=128).cpu()
         error = (target - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
         assert error.max() < 1e-5
-
-
-def test_stf_memory_is_not_b_n_d():
-    B, n, d = 64, 4096, 3072
-    x, y = torch.randn(B, d, device="cuda"), torch.randn(n, d, device="cuda")
-    losses.stf_target(x[:2], torch.ones(2, 1, device="cuda"), y[:8])
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    losses.stf_target(x, torch.ones(B, 1, device="cuda"), y)
-    assert torch.cuda.max_memory_allocated() - before < 4 * B * n * d / 20
 
 
 def test_micro_batches_take_less_memory():
@@ -77,7 +69,8 @@ def test_trains_samples_and_resumes_on_the_gpu(schedule):
     "--loss stf --augment 0.5 --xflip", "--loss stf --compile", "--loss stf --arch adm --width 64"])
 def test_every_objective_trains_on_the_gpu_in_every_number_type_and_compiled(more):
     assert train.main([*DIGITS, *more.split(), "--steps", "12"]) == 0
-    found = logged("loss")
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    found = [line["loss"] for line in lines if "loss" in line]
     assert len(found) >= 8 and torch.tensor(found).isfinite().all()       # fp16 may skip the first
     state = evaluate.load_checkpoint("run")
     assert all(weight.dtype == torch.float32 for weight in state["model"].values())
@@ -102,19 +95,15 @@ def test_two_ranks_of_nccl_train_as_one_process_does():
 def test_the_loop_of_a_sampler_does_not_wait_for_the_gpu():
     denoiser = evaluate.build_denoiser(train.resolve(
         train.Options(device="cuda"), evaluate.load_data("digits"))).cuda().eval()
-    row = EDM()
-    t = row.time_steps(4)
+    t = EDM().time_steps(4)
     x, calls = torch.randn(2, 3, 16, 16, device="cuda") * t[0], []
 
     def denoise(x, sigma):                          # the only wait is after the last call
         calls.append(1)
         torch.cuda.set_sync_debug_mode("error" if len(calls) < 7 else "default")
         return denoiser(x, sigma)
-    heun(denoiser, x, t, row)                       # first call: libraries load
-    try:
-        heun(denoise, x, t, row)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    heun(denoiser, x, t, EDM())                     # first call: libraries load
+    heun(denoise, x, t, EDM())
     assert len(calls) == 7
 
 
@@ -127,8 +116,5 @@ def test_the_loop_of_a_training_does_not_wait_for_the_gpu(monkeypatch):
         return draw_batch(*given)
     monkeypatch.setattr(train, "draw_batch", draw)
     monkeypatch.setattr(train.time, "time", lambda: next(clock) / 1000)
-    try:
-        for loss in ("stf", "dsm", "sa", "taylor"):
-            assert train.main([*DIGITS[:-1], loss, "--loss", loss, "--steps", "9"]) == 0
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for loss in ("stf", "dsm", "sa", "taylor"):
+        assert train.main([*DIGITS[:-1], loss, "--loss", loss, "--steps", "9"]) == 0

@@ -3,6 +3,7 @@
 
 import csv
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,10 +49,9 @@ def exact(gaussian, monkeypatch, tmp_path):
 
 
 def table(*argv):
-    """The columns of the CSV that a command has written, {name: numbers, NaN for empty cells}."""
+    """The columns of the CSV that a command has written, {name: words, "nan" for empty cells}."""
     assert plot.main("edm", edm.COMMANDS, [*argv, "--out", "out"]) == 0
-    with open(f"out/edm-{argv[0]}.csv", newline="") as file:
-        names, *rows = csv.reader(file)
+    names, *rows = csv.reader(Path(f"out/edm-{argv[0]}.csv").read_text().splitlines())
     return dict(zip(names, np.array([[cell or "nan" for cell in row] for row in rows]).T))
 
 
@@ -59,15 +59,14 @@ def numbers(*argv):
     return {name: column.astype(float) for name, column in table(*argv).items()}
 
 
-def floor(run, num):
-    return plot.Judge(SimpleNamespace(options=dict(fid_num=num)), run).floor
+def judge(run, num):
+    return plot.Judge(SimpleNamespace(options=dict(fid_num=num)), [run])
 
 
-# ---- Figure 1 ------------------------------------------------------------------------------------
+# ---- Denoising -----------------------------------------------------------------------------------
 
 def test_the_ideal_denoiser_goes_from_the_image_to_the_mean_of_its_class(folder, monkeypatch):
-    """The picture has two images of three rows each: noisy (scaled, so that it can be seen), ideal,
-    network."""
+    """The picture has two images of three rows each: noisy (scaled), ideal, network."""
     run = train.run(train.Options(data="images.npz", cond=True, width=8, mult=(1, 1), steps=1,
                                   batch=8, eval_every=0, out="run"), brief=True)
     saved = []
@@ -83,22 +82,20 @@ def test_the_ideal_denoiser_goes_from_the_image_to_the_mean_of_its_class(folder,
     assert ((much[0] > 0) & (much[0] < 255)).mean() > 0.9
 
 
-# ---- Figures 2 and 4 -----------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("schedule", [VP(), VE()])
-def test_edms_time_steps_on_another_schedule_have_edms_noise_levels(schedule):
-    mixed = edm.with_edm_steps(schedule)
+def test_edms_time_steps_on_another_schedule_have_edms_noise_levels():
+    mixed = edm.with_edm_steps(VP())
     t = mixed.time_steps(18)
     torch.testing.assert_close(mixed.sigma(t), EDM().time_steps(18))
-    torch.testing.assert_close(mixed.s(t), schedule.s(t))
-    assert not torch.equal(schedule.time_steps(18), t)
+    torch.testing.assert_close(mixed.s(t), VP().s(t))
 
 
 @pytest.mark.parametrize("other", ["vp", "ve"])
 def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
     found = numbers("solvers", "--runs", exact, "--N", "6", "128", "--rtol", ".001", "--fid-num",
                     "1000", "--other", other)
-    limit = 4 * floor(exact, 1000)
+    limit = 4 * judge(exact, 1000).floor
     few, many = np.flatnonzero(found["NFE"] == 11)[0], np.flatnonzero(found["NFE"] == 255)[0]
     assert max(found[name][many] for name in ("heun", "+ t_i", "+ sigma, s", "euler edm")) < limit
     assert np.nanmax(found["rk45"]) < limit < found["+ sigma, s"][few]
@@ -106,16 +103,13 @@ def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
     assert found["+ sigma, s"][many] < found["euler"][many]
 
 
-def test_distance_and_nfe_of_a_judge_are_those_of_its_sampler(exact):
-    judge = plot.Judge(SimpleNamespace(options=dict(fid_num=500)), exact)
-    assert judge("heun", 18)[1] == 35 and judge("heun", 18)[0] < 4 * judge.floor
-
-
-def test_a_table_of_several_runs_has_their_mean_and_pooled_deviation():
-    distances = {"heun": [1.0, 3.0], "euler": [5.0, 5.0]}
-    judges = [lambda sampler, steps, k=k: (distances[sampler][k], 2 * steps) for k in (0, 1)]
-    means, sd, nfes = edm.over_runs(judges, [("heun", 3, {}), ("euler", 4, {})])
-    assert means == [2, 5] and nfes == [6, 8] and sd == pytest.approx(1.0)     # sqrt((2 + 0)/2)
+def test_a_table_of_several_runs_has_their_mean_and_pooled_deviation(exact, monkeypatch):
+    judge = plot.Judge(SimpleNamespace(options={}), [exact, exact])
+    distances = iter([1.0, 3.0, 5.0, 5.0])
+    monkeypatch.setattr(evaluate, "run_distance", lambda *given, **how: next(distances))
+    found = [judge("heun", 3), judge("euler", 4)]
+    assert [mean for mean, _, _ in found] == [2, 5]
+    assert edm.pooled(found) == pytest.approx(1.0)                             # sqrt((2 + 0)/2)
 
 
 def test_each_setting_of_churn_switches_off_what_it_names(exact):
@@ -124,8 +118,8 @@ def test_each_setting_of_churn_switches_off_what_it_names(exact):
     """
     found = numbers("churn", "--runs", exact, "--N", "24", "--S_churn", "8", "--S_tmin", "75",
                     "--S_tmax", "90", "--S_noise", "2", "--fid-num", "1000")
-    limit = 4 * floor(exact, 1000)
-    heun = plot.Judge(SimpleNamespace(options=dict(fid_num=1000)), exact)("heun", 24)[0]
+    limit = 4 * judge(exact, 1000).floor
+    heun = judge(exact, 1000)("heun", 24)[0]
     first = [found[name][0] for name in ("all", "interval", "S_noise", "neither")]
     assert first == pytest.approx([heun] * 4, rel=1e-4)                # S_churn 0 is Heun's method
     r = (1 + 2 ** 2 * (16 / 9 - 1)) * 9 / 16                           # sigma_hat = 4/3 sigma
@@ -136,11 +130,9 @@ def test_each_setting_of_churn_switches_off_what_it_names(exact):
     assert found["SDE"][0] == found["SDE"][1] < limit
 
 
-# ---- Figure 3 ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("schedule", [VP(), VE()])
-def test_flow_lines_are_the_same_in_every_schedule(schedule):
+def test_flow_lines_are_the_same_in_every_schedule():
     """x(t)/s(t) at a noise level does not depend on sigma(t) and s(t) (EDM eq. 4)."""
+    schedule = VP()
     sigma = EDM(sigma_max=25.0).time_steps(1000)[:-1]
     starts = torch.tensor([-1, -0.1, 0, 0.5], dtype=torch.float64)
     want = edm.flow_lines(heun, EDM(), sigma, starts)[1]
@@ -151,68 +143,18 @@ def test_flow_lines_are_the_same_in_every_schedule(schedule):
 
 
 def test_the_table_of_trajectories_has_eulers_error_which_is_of_first_order(folder):
-    found = numbers("trajectories", "--levels", "25", "--N", "15", "75", "150")
+    found = numbers("trajectories")
     sigma = EDM(sigma_max=25.0).time_steps(151)[:-1]
     starts = torch.tensor([-2, -1, -0.5, -0.1, 0.1, 0.5, 1, 2], dtype=torch.float64)
     for name, schedule in dict(VP=VP(), VE=VE(), EDM=EDM()).items():
         t, x = edm.flow_lines(heun, schedule, sigma, starts)
         off = (edm.flow_lines(euler, schedule, sigma[::10], starts)[1] - x[::10]) / (
             schedule.s(t) * (1 + sigma ** 2).sqrt())[::10, None]
-        assert found[f"{name}, 25"][0] == pytest.approx(off.square().mean().sqrt().item(), rel=1e-4)
-        assert found[f"{name}, 25"][1] / found[f"{name}, 25"][2] == pytest.approx(2, abs=0.1)
-    assert found["VE, 25"][0] > 5 * found["EDM, 25"][0]
+        error = dict(zip(found["steps"], found[f"{name}, 25"]))
+        assert error[15] == pytest.approx(off.square().mean().sqrt().item(), rel=1e-4)
+        assert error[75] / error[150] == pytest.approx(2, abs=0.1)
+    assert found["VE, 25"][2] > 5 * found["EDM, 25"][2]
 
-
-# ---- Table 2 -------------------------------------------------------------------------------------
-
-def config(letter):
-    """The options of a row of table 2: its own changes and all those before."""
-    options = {}
-    for name, change in edm.CONFIGS.items():
-        options |= change if name[0] <= letter else {}
-    return options
-
-
-def test_each_config_changes_what_its_letter_says():
-    data = SimpleNamespace(name="digits", x=np.zeros((9, 3, 16, 16), np.uint8), fingerprint="",
-                           classes=list("01"), labels=np.arange(9) % 2)
-    options = {name: train.resolve(train.Options(**config(name)), data) for name in "ABCDEF"}
-    sigma = torch.tensor([0.1, 1.0, 20.0])
-    c_out = {name: evaluate.build_precondition(o)(sigma)[1] for name, o in options.items()}
-    weight = {name: evaluate.build_weight(o)(sigma) for name, o in options.items()}
-    levels = {name: evaluate.build_schedule(o) for name, o in options.items()}
-    for name in "ABC":
-        torch.testing.assert_close(c_out[name], -sigma)                  # F predicts the noise
-    for name in "ABCD":
-        torch.testing.assert_close(weight[name], sigma ** -2)
-        assert levels[name] == VP()
-    for name in "DEF":
-        torch.testing.assert_close(c_out[name], EDM().precondition(sigma)[1])
-    for name in "EF":
-        torch.testing.assert_close(weight[name] * c_out[name] ** 2, torch.ones(3))
-        assert levels[name] == EDM(P_mean=-0.5, P_std=1.0)
-    assert options["A"].lr < options["B"].lr and options["A"].clip < options["B"].clip
-    assert len(options["B"].mult) > len(options["C"].mult)
-    assert options["E"].augment == 0 < options["F"].augment
-
-
-def test_configs_are_trained_with_two_seeds_and_options_that_the_user_gave_win(exact, monkeypatch):
-    runs = []
-
-    def trained(given, **own):
-        runs.append(given | own)
-        return exact
-    monkeypatch.setattr(plot, "trained", trained)
-    found = table("configs", "--data", "cifar10", "--lr", ".1", "--fid-num", "100", "--seed", "5")
-    given = dict(data="cifar10", lr=0.1, fid_num=100)
-    assert runs == [dict(steps=400) | config(name) | given | dict(seed=seed) for name in "ABCDEF"
-                    for seed in (5, 6)]
-    heun = plot.Judge(SimpleNamespace(options=given), exact)("heun", 18)[0]
-    assert found["config"].tolist() == list(edm.CONFIGS)
-    assert found["mean"].astype(float) == pytest.approx([heun] * 6, rel=1e-4)
-
-
-# ---- Local truncation error ----------------------------------------------------------------------
 
 def test_local_errors_of_gaussian_data_have_their_closed_form():
     """The flow is x sqrt((V + b^2)/(V + a^2)) from sigma = a to b, and a step's slope is linear."""
@@ -246,7 +188,52 @@ def test_truncation_has_the_errors_of_each_rho_and_the_distance_of_its_samples(e
     assert found["samples"][0] > 10 * found["samples"][-1]
 
 
-# ---- Figure 5a -----------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
+
+def config(letter):
+    """The options of a row of table 2: its own changes and all those before."""
+    options = {}
+    for name, change in edm.CONFIGS.items():
+        options |= change if name[0] <= letter else {}
+    return options
+
+
+def test_each_config_changes_what_its_letter_says():
+    data = SimpleNamespace(name="digits", x=np.zeros((9, 3, 16, 16), np.uint8), fingerprint="",
+                           classes=list("01"), labels=np.arange(9) % 2)
+    A, B, C, D, E, F = (train.resolve(train.Options(**config(name)), data) for name in "ABCDEF")
+    sigma = torch.tensor([0.1, 1.0, 20.0])
+    for options in (A, B, C, D):
+        torch.testing.assert_close(evaluate.build_weight(options)(sigma), sigma ** -2)
+        assert evaluate.build_schedule(options) == VP()
+    for options in (A, B, C):                                            # F predicts the noise
+        torch.testing.assert_close(evaluate.build_precondition(options)(sigma)[1], -sigma)
+    for options in (D, E, F):
+        c_out = evaluate.build_precondition(options)(sigma)[1]
+        torch.testing.assert_close(c_out, EDM().precondition(sigma)[1])
+    for options in (E, F):
+        torch.testing.assert_close(evaluate.build_weight(options)(sigma) * c_out ** 2,
+                                   torch.ones(3))
+        assert evaluate.build_schedule(options) == EDM(P_mean=-0.5, P_std=1.0)
+    assert A.lr < B.lr and A.clip < B.clip and len(B.mult) > len(C.mult)
+    assert E.augment == 0 < F.augment
+
+
+def test_configs_are_trained_with_two_seeds_and_options_that_the_user_gave_win(exact, monkeypatch):
+    runs = []
+
+    def trained(given, **own):
+        runs.append(given | own)
+        return exact
+    monkeypatch.setattr(plot, "trained", trained)
+    found = table("configs", "--data", "cifar10", "--lr", ".1", "--fid-num", "100", "--seed", "5")
+    given = dict(data="cifar10", lr=0.1, fid_num=100)
+    assert runs == [dict(steps=400) | config(name) | given | dict(seed=seed) for name in "ABCDEF"
+                    for seed in (5, 6)]
+    heun = judge(exact, 100)("heun", 18)[0]
+    assert found["config"].tolist() == list(edm.CONFIGS)
+    assert found["mean"].astype(float) == pytest.approx([heun] * 6, rel=1e-4)
+
 
 def test_loss_before_and_after_training_have_their_closed_forms(exact):
     """Before, F = 0 and D = c_skip x; after, D is the ideal denoiser of N(0, V)."""

@@ -1,16 +1,11 @@
 """papers/sa.py: estimation gap and bias of SA-K in closed form, and each command in small."""
 
-import csv
-import json
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from losses import sa_tau
 from evaluate import BadInput
-from oracles import generator, randn
+from losses import sa_tau
+from oracles import called, generator, randn, runs
 from papers import sa
 from samplers import ddpm
 from schedules import DDPM
@@ -20,34 +15,18 @@ SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4
              fid_num=4, fid_features="pixels")
 
 
-def call(name, tmp_path, options=SMALL, **arguments):
-    """The command's table as a list of dicts; it runs with its defaults but for these."""
-    command, defaults = sa.COMMANDS[name]
-    given = defaults | dict(paper="sa", command=name, seed=0, out=str(tmp_path), options=options)
-    command(SimpleNamespace(**given | arguments))
-    with open(tmp_path / f"sa-{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
+def call(name, folder, options=SMALL, **arguments):
+    return called(sa, name, folder, options, **arguments)
 
 
-def runs():
-    """The options of all runs that commands have trained."""
-    return [json.loads(path.read_text()) for path in Path("plots/runs").glob("*/options.json")]
+# ---- Closed forms --------------------------------------------------------------------------------
 
-
-# ---- Estimation gap ------------------------------------------------------------------------------
-
-def noise_source(shape, seed=0):
-    g = generator(seed)
+def noise_source(shape):
+    g = generator(0)
 
     def noise():
         return torch.randn(shape, generator=g, dtype=torch.float64)
     return noise
-
-
-def carried(ladder):
-    """How much longer a gap is at x_t, t = T-1 ... 1, than what is left of it at x_1."""
-    return (ladder ** 2 / (1 + ladder ** 2).sqrt())[:-1].flip(0) / (
-        ladder[0] ** 2 / (1 + ladder[0] ** 2).sqrt())
 
 
 def test_gap_of_a_planted_bias_is_theorem_1s_sum():
@@ -62,8 +41,9 @@ def test_gap_of_a_planted_bias_is_theorem_1s_sum():
     got = sa.estimation_gap(biased, x0, SHORT, noise_source((5, 3)))
     tau = sa_tau(SHORT, torch.arange(10, 1, -1), 1, "paper")[0]
     d, unrelated = tau.cumsum(0), (tau ** 2).cumsum(0).sqrt()
-    want = torch.stack([b * d, abs(b) * d, abs(b) * unrelated], 1) * carried(SHORT)[:, None]
-    torch.testing.assert_close(got, want)
+    size = SHORT ** 2 / (1 + SHORT ** 2).sqrt()                # of what is one gap at all x_t
+    want = torch.stack([b * d, abs(b) * d, abs(b) * unrelated], 1) / size[0]
+    torch.testing.assert_close(got, want * size[:-1].flip(0)[:, None])
 
 
 def test_gap_is_the_distance_to_the_true_reverse_process_at_every_step():
@@ -88,10 +68,11 @@ def test_gap_is_the_distance_to_the_true_reverse_process_at_every_step():
     torch.testing.assert_close(got[:, 1], apart.square().mean((1, 2)).sqrt())
 
 
-# ---- Bias of the minimiser -----------------------------------------------------------------------
-
 def test_tau_and_the_bias_of_independent_noises(tmp_path):
-    """Independent noises: .75, .77, .82, .97 of the noise at t = 10, 100, 200, 500; a path: .98."""
+    """Independent noises: .75, .77, .82, .97 of the noise at t = 10, 100, 200, 500; a path: .98.
+
+    test_sequence.py: the factors are those of sa_loss's minimiser.
+    """
     table = call("tau", tmp_path)
     assert [row["t"] for row in table] == [str(t) for t in range(1, 1001)]
     assert table[0]["tau"] == ""
@@ -102,13 +83,6 @@ def test_tau_and_the_bias_of_independent_noises(tmp_path):
                           ("SA-2, path", (0.982, 0.998, 0.999, 1.000))]:
         for t, factor in zip((10, 100, 200, 500), factors):
             assert float(table[t - 1][name]) == pytest.approx(factor, abs=6e-4)
-
-
-@pytest.mark.parametrize("path", [False, True])
-def test_the_minimiser_is_the_posterior_mean_without_the_second_term(path):
-    for K, lam in ((3, 0.0), (1, 0.7)):        # with K = 1 the second term is the first one again
-        torch.testing.assert_close(sa.gaussian_factor(SHORT, K, lam, path),
-                                   torch.ones(10, dtype=torch.float64))
 
 
 # ---- Commands ------------------------------------------------------------------------------------

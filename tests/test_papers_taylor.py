@@ -1,4 +1,4 @@
-"""papers/taylor.py: per-share gradients, and variances that are known in closed form."""
+"""papers/taylor.py: each share's gradients, and variances that are known in closed form."""
 
 import csv
 import math
@@ -10,17 +10,14 @@ import torch
 from torch import nn
 
 import train
-from losses import stf_target, taylor_terms
+from losses import antithetic_loss, dsm_loss, stf_loss, stf_target, taylor_terms
 from networks import MLP, Denoiser
+from oracles import close, generator, randn
 from papers import plot, taylor
 from schedules import EDM
 
 edm = EDM()
 DATA = 0.5                                                           # edm.sigma_data
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def normal_pool(N=4000, d=1):
@@ -55,78 +52,39 @@ def mlp(classes=0):
 
 
 def measure(net, sigma, pool, num, **given):
-    """{name: (left, beta)} of a network on the pool."""
-    return taylor.variances(net, pool, edm.weight, sigma, num, generator(1), **given)[0]
+    """{name: the variance over DSM's} of a network on the pool, and {control: beta}."""
+    V, beta = taylor.variances(net, pool, edm.weight, sigma, num, generator(1), **given)
+    return {name: v / V["DSM"] for name, v in V.items()}, beta
 
 
 # ---- Gradients of shares -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("m", [1, 3])
-def test_share_gradients_are_those_of_each_share_alone(m):
-    """Of a class; order 1, which has a derivative inside and two copies of the batch; and a
+def test_gradients_are_those_of_each_share_alone():
+    """Of a class, with references of its own, the first of which are its samples; and of a
     parameter that nothing uses."""
     net, pool = mlp(classes=3), normal_pool(60, d=2)
     net.unused = nn.Parameter(torch.zeros(2).double())
-    x0, noise, _, _ = next(taylor.draw_shares(net, pool, 4, m, m, generator()))
-    s = torch.rand(4 * m, 1, generator=generator(1)).double() + 0.1
-
-    def control(D, x0, noise, s):
-        return taylor_terms(D, x0, noise, s, edm.weight, lambda s: 1 / (1 + s), order=1)[1]
-
-    own, theta = taylor.own_parameters(net, 4, label=2)
-    got, = taylor.share_gradients([control(own, x0, noise, s)], theta)
-    D = partial(net, labels=torch.full((m,), 2))
-    for i, row in enumerate(got):
-        mine = slice(i, None, 4)
-        mean = control(D, x0[mine], noise[mine], s[mine]).mean()
-        g = torch.autograd.grad(mean, list(net.parameters()), materialize_grads=True)
-        torch.testing.assert_close(row, torch.cat([a.flatten() for a in g]), rtol=1e-9, atol=1e-12)
-
-
-def test_each_share_has_references_of_its_own_its_samples_first():
-    x0, noise, _, reference = next(
-        taylor.draw_shares(mlp(), normal_pool(60, d=2), 5, 2, 20, generator()))
-    assert reference.shape == (20, 5, 2) and torch.equal(reference[:2].flatten(0, 1), x0)
-    x, s = x0 + 0.5 * noise, torch.full((10, 1), 0.5).double()
-    got = taylor.own_target(reference, x, s)
-    for row in range(10):
-        torch.testing.assert_close(got[row], stf_target(x[row:row + 1], s[:1],
-                                                        reference[:, row % 5])[0])
-
-
-def surprise(g):
-    """n |mean|^2 / tr Cov: about 1 if the mean is zero, with the tail of Exp(1)."""
-    return len(g) * (g.mean(0) ** 2).sum().item() / g.var(0).sum().item()
-
-
-def test_all_losses_have_the_gradient_of_dsm_on_average_and_controls_have_none():
-    net, pool, rows = mlp(), normal_pool(d=2), []
-    for shares in taylor.draw_shares(net, pool, 800, 4, 8, generator(2)):
-        x0, reference = shares[0], shares[-1]
-        D, theta = taylor.own_parameters(net, reference.shape[1])
-        losses, controls = taylor.estimates(
-            D, shares, torch.full((len(x0), 1), 0.5).double(), edm.weight,
-            lambda s: edm.precondition(s)[0], (0, 1, 2), (4, 8))
-        rows.append(taylor.share_gradients([*losses.values(), *controls.values()], theta))
-    dsm, *others = torch.cat(rows, 1)
-    for name, g in zip([*losses, *controls][1:], others):
-        assert surprise(g - dsm if name in losses else g) < 7, name
+    shares = next(taylor.draw_shares(net, pool, 4, 3, 8, generator(0)))
+    x0, noise, _, reference = shares
+    assert torch.equal(reference[:3].flatten(0, 1), x0)
+    found = taylor.gradients(net, shares, edm.weight, 0.5, (0, 1, 2), (4, 8), label=2)
+    D, sigma = partial(net, labels=torch.full((3,), 2)), torch.full((3, 1), 0.5).double()
+    for i in range(4):
+        given = D, x0[i::4], noise[i::4], sigma, edm.weight
+        alone = dict(DSM=dsm_loss(*given), antithetic=antithetic_loss(*given))
+        for n in (4, 8):
+            own = partial(stf_target, reference=reference[:n, i])
+            alone[f"STF {n}"] = stf_loss(*given, own)
+        for k in (0, 1, 2):
+            alone[f"order {k}"] = taylor_terms(*given, lambda s: edm.precondition(s)[0], k)[1]
+        assert list(alone) == list(found)
+        for name, value in alone.items():
+            g = torch.autograd.grad(value.mean(), list(net.parameters()), retain_graph=True,
+                                    materialize_grads=True)
+            close(found[name][i], torch.cat([part.flatten() for part in g]))
 
 
 # ---- Closed forms --------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("sigma", [0.05, 0.5, 3.0])
-def test_constant_network(sigma):
-    """F = c: the gradient 2 (c - a x0 + b noise) is linear in the noise.  Antithetic pairs and a
-    control of any order take that, with beta = 1, and leave a^2 Var x0 = sigma^2/(sigma^2 +
-    sigma_data^2) of 1."""
-    found = measure(raw("c", c=0.7), sigma, normal_pool(), 6000, orders=[0, 1])
-    left = pytest.approx(sigma ** 2 / (sigma ** 2 + DATA ** 2), rel=0.08)
-    error = ((sigma ** 2 + DATA ** 2) / DATA ** 2 / 6000) ** 0.5
-    assert found["DSM"] == (1.0, 0.0) and found["antithetic"] == (left, 0.0)
-    for name in ("order 0", "order 1"):
-        assert found[name] == (left, pytest.approx(1, abs=4 * error))
-
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4])
 def test_linear_network(sigma):
@@ -147,47 +105,39 @@ def test_linear_network(sigma):
     dsm = (p[:, None] * q + q[:, None] * p) / 2
     zeroth = b * c_in * torch.tensor([[0, 1.0], [1, 0]]).double() / 2
     first = zeroth + b * c_in * sigma * torch.diag(torch.tensor([0, 1.0]).double())
-    found = measure(raw("w", w=w), sigma, normal_pool(), 20_000, orders=[0, 1])
+    left, factors = measure(raw("w", w=w), sigma, normal_pool(), 20_000, orders=[0, 1])
     for name, control in (("order 0", zeroth), ("order 1", first)):
         beta = cov(dsm, control) / cov(control, control)
-        left = 1 - beta * cov(dsm, control) / cov(dsm, dsm)
-        assert found[name] == (pytest.approx(left.item(), abs=0.03),
-                               pytest.approx(beta.item(), abs=0.05))
+        truth = 1 - beta * cov(dsm, control) / cov(dsm, dsm)
+        assert left[name] == pytest.approx(truth.item(), abs=0.03)
+        assert factors[name] == pytest.approx(beta.item(), abs=0.05)
     even = dsm * torch.eye(2)                                        # what a pair does not cancel
-    left = (cov(even, even) / cov(dsm, dsm)).item()
-    assert found["antithetic"][0] == pytest.approx(left, abs=0.03)
+    assert left["antithetic"] == pytest.approx((cov(even, even) / cov(dsm, dsm)).item(), abs=0.03)
 
 
-def test_stf_with_one_reference_is_dsm_and_with_many_the_posterior_mean():
-    """Of Gaussian data that is c_skip x, so F* = 0 and the gradient of F = c has no variance."""
-    found = measure(raw("c", c=0.7), 0.5, normal_pool(), 300, sizes=[1, 300])
-    assert found["STF 1"][0] == pytest.approx(1, rel=1e-9) and found["STF 300"][0] < 0.02
-
-
-@pytest.mark.parametrize("m, left", [(1, 1 / 32), (16, 1 / 2)])
-def test_the_variance_of_a_mini_batch_that_shares_n_references_falls_by_m_over_n_only(m, left):
+@pytest.mark.parametrize("m", [1, 16])
+def test_the_variance_of_a_mini_batch_that_shares_n_references_falls_by_m_over_n_only(m):
     """At large sigma STF's target is the mean of its n = 32 references, of which DSM's are m."""
-    found = measure(raw("c", c=0.7), 100.0, normal_pool(), 1500, m=m, sizes=[32])
-    assert found["STF 32"][0] == pytest.approx(left, rel=0.15)
+    left, _ = measure(raw("c", c=0.7), 100.0, normal_pool(), 1500, m=m, sizes=[32])
+    assert left["STF 32"] == pytest.approx(m / 32, rel=0.15)
 
 
 def test_the_trace_of_the_covariance_is_the_sum_over_parameters():
     """Those that a scale of 0 or 1 leaves, and the others."""
     net, pool = mlp(), normal_pool(d=2)
     some = (torch.arange(sum(p.numel() for p in net.parameters())) % 3 == 0).double()
-    whole, one, other = (taylor.variances(net, pool, edm.weight, 0.3, 60, generator(),
-                                          scale=scale)[1] for scale in (1.0, some, 1 - some))
+    whole, one, other = (taylor.variances(net, pool, edm.weight, 0.3, 60, generator(0),
+                                          scale=scale)[0]["DSM"] for scale in (1, some, 1 - some))
     assert one + other == pytest.approx(whole) and 0 < one < whole
 
 
 def test_the_average_over_edms_noise_of_a_constant_network():
-    """DSM's gradient has the same variance at each level: so the mean of what each leaves."""
-    pool, u = normal_pool(), (torch.arange(6) + 0.5) / 6
-    found = taylor.average_left(raw("c", c=0.7), pool, 2000, generator())
-    s = edm.training_sigma(u.double())
-    truth = (s ** 2 / (s ** 2 + DATA ** 2)).mean().item()
-    assert found == {name: pytest.approx(truth, rel=0.08) for name in ("antithetic", "order 0",
-                                                                       "order 1")}
+    """F = c: the gradient 2 (c - a x0 + b noise) is linear in the noise.  Pairs and controls take
+    that and leave sigma^2/(sigma^2 + sigma_data^2) of DSM's variance, which no level changes."""
+    found = taylor.average_left(raw("c", c=0.7), normal_pool(), 2000, generator(0))
+    s = edm.training_sigma((torch.arange(6).double() + 0.5) / 6)
+    truth = pytest.approx((s ** 2 / (s ** 2 + DATA ** 2)).mean().item(), rel=0.08)
+    assert found == {"antithetic": truth, "order 0": truth, "order 1": truth}
 
 
 # ---- The ring ------------------------------------------------------------------------------------
@@ -196,7 +146,7 @@ def test_ring_mean_is_the_posterior_mean_of_the_built_in_ring():
     """By the orthogonality that marks it: E <x0 - mean, h(x)> = 0."""
     x0 = taylor.points().double()
     for sigma in (0.03, 0.3, 3.0):
-        x = x0 + sigma * torch.randn(x0.shape, generator=generator(1), dtype=torch.float64)
+        x = x0 + sigma * randn(*x0.shape, seed=1)
         error = x0 - taylor.ring_mean(x, torch.full((len(x), 1), sigma).double())
         for h in (x, (8 * x).sin(), x ** 3):
             samples = (error * h).sum(1)
@@ -206,19 +156,19 @@ def test_ring_mean_is_the_posterior_mean_of_the_built_in_ring():
 def test_at_one_small_level_the_control_learns_and_plain_dsm_does_not():
     """TCV fig. 1: after 500 steps, of which DSM's are lost in noise."""
     pool = taylor.points()
-    dsm, order_0 = (taylor.errors_of(method, pool, 0.01, 500, [500], seed=0)[0]
+    dsm, order_0 = (taylor.errors_of(method, pool, 0.01, [500], seed=0)[0]
                     for method in ("DSM", "order 0"))
     assert dsm > 0.95 and order_0 < 0.85
 
 
 def test_every_method_has_the_gradient_of_dsm_on_average():
-    """Of F = w u; batches of 64 at sigma .03, where a few references count, the source most."""
+    """Of F = w u, at sigma .03, where a few references count, the source most."""
     pool = taylor.points().double()
     net, means = raw("w", c=0.7), {}
     for method in taylor.METHODS:
         g, values = generator(3), []
         for _ in range(150):
-            loss = taylor.loss_by(method, net, pool, 64, 0.03, g)
+            loss = taylor.loss_by(method, net, pool, 0.03, g)
             values.append(torch.autograd.grad(loss, net.model.w)[0])
         means[method] = torch.stack(values)
     truth = means["exact target"].mean()
