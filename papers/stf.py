@@ -152,13 +152,6 @@ def effective_size(x0, noise, levels, reference):
     return torch.stack(sizes)
 
 
-def share_above(limit, size, levels, schedule):
-    """The share of a schedule's training samples at levels where size, (L,), is above limit."""
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    z = schedule.training_sigma(u).log()
-    return (np.interp(z, levels.log(), size) > limit).mean()
-
-
 def ess(args):
     """How many references STF averages, beside how often each schedule trains there (STF sec. 3).
 
@@ -171,13 +164,8 @@ def ess(args):
     noise = torch.randn(x0.shape, generator=g, dtype=torch.float64)
     sizes = sorted({min(n, len(reference)) for n in args.n})
     curves = {f"n = {n}": effective_size(x0[:n], noise[:n], levels, reference[:n]) for n in sizes}
-    density = {}
-    print("\nshare of training samples for which STF averages more than two references\n")
-    for name, schedule in dict(EDM=EDM(), VE=VE(), VP=VP()).items():
-        density[name] = plot.log_density(schedule, levels)
-        shares = [f"{curve} {share_above(2, size, levels, schedule):6.1%}"
-                  for curve, size in curves.items()]
-        print(f"{name:>10}   " + "   ".join(shares))
+    schedules = dict(EDM=EDM(), VE=VE(), VP=VP())
+    density = {name: plot.log_density(schedule, levels) for name, schedule in schedules.items()}
     plot.show(
         args, ["sigma", *curves, *density],
         np.stack([levels, *curves.values(), *density.values()], 1).tolist(),

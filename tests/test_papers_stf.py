@@ -129,13 +129,6 @@ def test_log_density_is_each_schedules_own():
     assert np.allclose(plot.log_density(VE(), levels), ve, rtol=1e-6)
 
 
-def test_share_above_is_the_tail_of_the_draw():
-    """The size is linear in ln sigma between the levels, and VE draws that evenly."""
-    levels, size = tensor(1e-3, 4.0, 1e3), tensor(1.0, 2.0, 3.0)
-    tail = math.log(100 / (4 * 1e3) ** 0.5) / math.log(5000)
-    assert stf.share_above(2.5, size, levels, VE()) == pytest.approx(tail, abs=2e-5)
-
-
 # ---- The commands --------------------------------------------------------------------------------
 
 def command(tmp_path, name, *argv):
