@@ -566,9 +566,9 @@ def load_checkpoint(run, device="cpu"):
     """A checkpoint, or the newest of a run: a dict of what is SAVED.  Nothing is unpickled."""
     path = run if os.path.isfile(run) else (checkpoints(run) or [None])[-1]
     if path is None:
-        raise BadInput(f"{run!r} " + ("has no checkpoint: its training ended before the first"
-                                      if os.path.isdir(run) else "does not exist")
-                       + "; name a folder in which train.py has left a checkpoint")
+        lack = "has no checkpoint" if os.path.isdir(run) else "does not exist"
+        raise BadInput(f"{run!r} {lack}; name a folder in which train.py has left a checkpoint, or "
+                       "start a new run")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return {name: state[name] for name in SAVED}
@@ -817,7 +817,7 @@ def panel(x, columns, cell=64):
         return page
     columns = columns or math.ceil(math.sqrt(len(x)))
     rows, zoom = math.ceil(len(x) / columns), max(1, cell // x.shape[-1])
-    page = np.zeros((rows * columns, *x.shape[1:]), np.uint8)
+    page = np.full((rows * columns, *x.shape[1:]), 255, np.uint8)
     page[:len(x)] = x
     page = page.reshape(rows, columns, *x.shape[1:]).transpose(2, 0, 3, 1, 4)
     image = picture(page.reshape(x.shape[1], rows * x.shape[2], columns * x.shape[3]))
@@ -1044,11 +1044,12 @@ def noise_table(denoise, options, data, count=128):
     return table
 
 
-def print_levels(table, options):
+def print_levels(table, options, data):
     """noise_table on the terminal, with a bar for the share of the loss that is noise."""
     same = "of its class" if options.classes else ""
+    count = min(len(data.x), max(options.ref_batch, 128))
     print("squared errors by noise level, times the run's weight; the mean is that of x0 given "
-          f"{max(options.ref_batch, 128):,} references\n\n"
+          f"{count:,} references\n\n"
           f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   at least this share\n"
           f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   of DSM's loss is "
           f"noise\n{same:>44}")
@@ -1081,7 +1082,7 @@ def draw_run(folder, table):
                title="the trained network")
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
     right.set(xlabel="noise level sigma", ylim=(0, 1), title="where STF acts",
-              ylabel="share of DSM's loss that is noise, at least")
+              ylabel="share of noise in DSM's loss, at least")
     left.legend(fontsize=8)
     middle.legend(fontsize=8)
     page.suptitle(folder)
@@ -1194,10 +1195,9 @@ def fid(args):
 def levels(args):
     """evaluate.py levels: the loss at each noise level, and the share of it that is noise."""
     denoiser, options = open_run(args)
-    table = noise_table(denoiser, options, run_data(options))
+    data = run_data(options)
     print(f"{args.run} at step {options.step}\n")
-    print_levels(table, options)
-    draw_run(options.folder, table)
+    print_levels(noise_table(denoiser, options, data), options, data)
 
 
 def number(kind, low, high=math.inf):
@@ -1240,9 +1240,9 @@ examples:
         add("--data", metavar="PATH", help="the data of RUN, if they are no longer where they were")
         add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     for add in (sample.add_argument, fid.add_argument):
-        few, usual = (2, 2000) if add == fid.add_argument else (1, 80)
+        few, usual = (2, "2000 images") if add == fid.add_argument else (1, "8 of each class")
         add("--num", type=number(int, few), metavar="N", help="number of samples (default: "
-            f"{usual} images or 4000 points)")
+            f"{usual}; 4000 points)")
         add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, metavar="N",
             help="sample i has seed N + i (default: 0)")
         add("--batch", type=number(int, 1), default=64, metavar="N", help="samples drawn "

@@ -6,7 +6,7 @@
                as improved and published with EDM (Karras et al. 2022, its code's "SongUNet" and
                "DhariwalUNet"), one class.  Parameter names and shapes are those of the published
                networks: Denoiser(UNet(...)).load_state_dict accepts their exported weights.
-    Inception  features and class logits of images, for FID
+    Inception  features of images, for FID, and class logits
 
 labels (B,) int64, -1 for "no class"; augment_labels (B, augment_dim) or None for "not augmented".
 """

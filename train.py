@@ -1,6 +1,6 @@
 """train.py: trains a diffusion model.  A script to be read from top to bottom.
 
-    python train.py                                         digits, STF, a few minutes on a CPU
+    python train.py                                         digits, STF, two minutes on a CPU
     python train.py --data photos/ --size 64 --cond         your own images; sub-folder = class
     torchrun --nproc-per-node 8 train.py --loss stf --data cifar10
     python train.py --resume                                go on with the newest run
@@ -74,7 +74,7 @@ class Options:
                        "on pairs of opposite noises (antithetic), with a Taylor control variate "
                        "(taylor); or sequence-aware (sa)",
                        choices=(*STABLE_LOSSES, *LOSSES, "sa", "taylor"))
-    ref_batch: int = option(None, "stf: number of reference rows, the batch among them", 1)
+    ref_batch: int = option(None, "number of STF's reference rows, the batch among them", 1)
     K: int = option(2, "sa: number of consecutive noise levels", 1, 1000)
     lam: float = option(None, "sa: weight of the term of K errors (default: 0, 1, .3 for K = 1, 2, "
                         "3, else .2)", 0)
@@ -84,9 +84,9 @@ class Options:
     level_noise: str = option("independent", "sa: a noise for each level, as published "
                               "(independent), or those of one forward path, nearly unbiased (path)",
                               choices=("independent", "path"))
-    windows: str = option("down", "sa: the highest of the K levels is one of 1 to T, as published "
-                          "(down), or of 0 to T+K-1, as in the paper (up); levels outside 1 to T "
-                          "are left out", choices=("down", "up"))
+    windows: str = option("down", "sa: the highest of the K levels is one of 1 to T, as in the "
+                          "authors' code (down), or of 0 to T+K-1, as in their paper (up); levels "
+                          "outside 1 to T are left out", choices=("down", "up"))
     order: int = option(0, "taylor: order of the polynomial around the clean image", 0, 2)
     head: str = option("none", "add an output to --init's network, for the variance of a sampling "
                        "step (evaluate.py sample --variance), and train it alone",
@@ -230,7 +230,7 @@ def check(options):
             raise BadInput(f"{word(name)} {value} is none of {', '.join(choices)}")
         if low is not None and not all(low <= v <= high for v in values):
             limits = f"at least {low}" if high == math.inf else f"within [{low}, {high}]"
-            raise BadInput(f"{word(name)} {value} is not {limits}")
+            raise BadInput(f"{word(name)} {','.join(map(str, values))} is not {limits}")
 
 
 def resolve(options, data):
@@ -294,6 +294,8 @@ def resolve(options, data):
 
 def resumed(folder, given):
     """The options of a run that goes on: those it was started with, and what may change."""
+    if os.path.isfile(folder):
+        raise BadInput(f"--resume: {folder} is a file; name the folder of the run")
     options = Options(**evaluate.load_checkpoint(folder)["options"])
     differ = [f"{word(name)} {value} (was {getattr(options, name)})"
               for name, value in given.items()
@@ -782,7 +784,7 @@ def new_folder(options, data):
 
 def claim(folder, options):
     """Locks a run's folder until the file returned is closed or its process ends, and writes
-    options.json, which is for people to read."""
+    options.json, for people to read."""
     file = open(f"{folder}/.lock.part", "a")
     if ranks()[0] > 0:
         return file
@@ -798,8 +800,9 @@ def claim(folder, options):
 
 
 def newest_run():
-    """The folder under runs/ that was started last."""
-    found = list(Path("runs").glob("*/options.json"))
+    """The folder under runs/ that was started or resumed last, of those with a checkpoint."""
+    written = Path("runs").glob("*/options.json")
+    found = [path for path in written if evaluate.checkpoints(path.parent)]
     if not found:
         raise BadInput("there is no run under runs/ to resume; start one, or name its folder")
     return str(max(found, key=os.path.getmtime).parent)
@@ -974,12 +977,12 @@ def activation_bytes(options):
     return half * sum(size for key, size in sizes.items() if key not in own)
 
 
-def report(folder, options, data, denoiser, ema, log, seconds, count=128):
+def report(folder, options, data, denoiser, ema, log, seconds):
     """What a person wants to know at the end: on the terminal, as pictures, and in the log.
 
     Every rank draws its share of the samples for the distance; the first one tells.
     """
-    count = min(count, len(data.x) // 2)
+    count = min(128, len(data.x) // 2)
     print(f"drawing {count} samples", flush=True)
     features = evaluate.extractor("pixels", options.shape)
     real = evaluate.real_statistics(data, count, features, options.seed, 10_000)
@@ -990,7 +993,7 @@ def report(folder, options, data, denoiser, ema, log, seconds, count=128):
     table = evaluate.noise_table(ema, options, data)
     print(f"\n{options.steps - log.begin} steps in {int(seconds) // 60}:{int(seconds) % 60:02d} "
           "minutes\n")
-    evaluate.print_levels(table, options)
+    evaluate.print_levels(table, options, data)
     kind, space = ("images", "pixels") if data.x.ndim == 4 else ("points", "coordinates")
     print(f"\nFrechet distance to the data in {space}, smaller is better:\n"
           f"{distance:10.4g}  {count} samples (averaged weights, Heun, "
@@ -1028,7 +1031,7 @@ def parser():
     """A parser made from Options; it returns only what was typed."""
     p = evaluate.Parser(
         prog="train.py", usage="python train.py [OPTION]", argument_default=argparse.SUPPRESS,
-        description="Train a diffusion model; without options, coloured digits on a CPU.",
+        description="Train a diffusion model; without options, one of coloured digits.",
         epilog="""\
 examples:
   python train.py --data photos/ --size 64 --cond
@@ -1062,6 +1065,8 @@ def command(argv=None):
     given = vars(agree(partial(parser().parse_args, argv)))
     preset, again = given.pop("preset", None), given.pop("resume", None)
     if again is not None:
+        if preset:
+            raise BadInput("--resume: a run goes on with its own options; leave out --preset")
         folder = from_first(newest_run) if again == "newest" else again
         run(agree(partial(resumed, folder, given)), folder)
         return

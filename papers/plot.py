@@ -46,7 +46,7 @@ def main(paper, commands, argv=None):
         for argument, default in (arguments | dict(seed=0, out=RESULTS)).items():
             several = isinstance(default, (list, tuple))
             values = default if several else [default]
-            kind, shown = str, "see above"
+            kind, shown = str, "the command's own"
             if values not in ([], [None]):
                 kind, shown = type(values[0]), " ".join(map(str, values))
             own.add_argument(f"--{argument}", default=default, nargs="+" if several else None,

@@ -2,6 +2,7 @@
 leaves.  That a run goes on where it was: test_survival.py.  Several ranks: test_ranks.py."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 from functools import partial
@@ -385,6 +386,8 @@ BAD = [                               # a command line, and words of the sentenc
     ("--schedule ddpm --P-mean 0", "--P-mean belongs to --schedule edm"),
     ("--loss taylor --precondition x0", "--precondition x0"),
     ("--resume nowhere", "'nowhere' does not exist"), ("--resume", "there is no run under runs/"),
+    ("--resume images.npz", "name the folder"),
+    ("--resume nowhere --preset mnist", "leave out --preset"),
     ("--preset imagenet", "--preset"), ("--preset ffhq64 --data two-gaussians", "--size"),
     *((f"--data two-gaussians {option}", option.split()[0]) for option in (
         "--augment 0.1", "--xflip", "--size 8", "--arch unet", "--label-dropout 0.1 --cond",
@@ -450,6 +453,7 @@ def test_training_learns_the_data():
 def test_checkpoints_are_plain_and_whole_and_two_of_them_are_kept():
     assert train.main(words(POINTS | dict(steps=6, checkpoint_every=2, out="run"))) == 0
     names = {path.name for path in Path("run").iterdir()} - {".lock.part", "loss.png"}
+    assert Path("run/loss.png").is_file() == bool(importlib.util.find_spec("matplotlib"))
     assert names == {"checkpoint-0000004.pt", "checkpoint-0000006.pt", "log.jsonl", "options.json",
                      "samples-0000006.png"}
     state = torch.load("run/checkpoint-0000006.pt", weights_only=True)
