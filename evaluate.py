@@ -1062,7 +1062,7 @@ def print_levels(table, options, data):
 def draw_run(folder, table):
     """loss.png, where matplotlib is installed: the loss by step, and noise_table."""
     try:
-        from matplotlib import figure
+        from matplotlib import figure, ticker
     except ImportError:
         print("(with matplotlib installed, a picture of the loss would be drawn)")
         return
@@ -1071,7 +1071,7 @@ def draw_run(folder, table):
     span = max(len(losses) // 20, 1)
     means = np.convolve(losses, np.ones(span) / span, "valid")
     sigma, dsm, stf, _ = zip(*table)
-    page = figure.Figure(figsize=(13, 3.6), layout="tight")
+    page = figure.Figure(figsize=(13, 4), layout="tight")
     left, middle, right = page.subplots(1, 3)
     left.semilogy(steps, losses, linewidth=0.5, label="each step")
     left.semilogy(steps[span // 2:][:len(means)], means, label=f"mean of {span} steps around it")
@@ -1083,8 +1083,11 @@ def draw_run(folder, table):
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
     right.set(xlabel="noise level sigma", ylim=(0, 1), title="where STF acts",
               ylabel="share of noise in DSM's loss, at least")
-    left.legend(fontsize=8)
-    middle.legend(fontsize=8)
+    for axes in (left, middle):
+        axes.yaxis.set_major_formatter("{x:g}")                                 # .2, not 2 x 10^-1
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend(fontsize=8)
     page.suptitle(folder)
     page.savefig(f"{folder}/loss.png", dpi=100)
     print(f"picture     {folder}/loss.png")
