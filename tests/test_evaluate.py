@@ -338,6 +338,32 @@ def test_real_statistics_and_their_floor():
     assert math.isnan(evaluate.real_statistics(data, 151, features, most=300)["floor"])
 
 
+def test_ranks_share_the_rows_and_measure_what_one_process_does(monkeypatch):
+    """Two ranks, one after the other; the second adds what the first has handed over."""
+    data, features, handed = load_data("ring"), evaluate.extractor("pixels", (2,)), []
+
+    def denoise(x, sigma):
+        return x / (1 + sigma ** 2)
+
+    def work():
+        real = evaluate.real_statistics(data, 101, features, most=500)
+        return [real["floor"], *real["mean"].tolist(),
+                run_distance(denoise, options_of(), range(101), features, real)]
+    alone = work()
+
+    def collect(x):
+        handed.append(x)
+        return x
+
+    def add(x):
+        return x + handed.pop(0)
+    for rank, total in ((0, collect), (1, add)):
+        monkeypatch.setattr(evaluate, "ranks", lambda: (rank, 2))
+        monkeypatch.setattr(evaluate, "total", total)
+        together = work()
+    assert together == pytest.approx(alone, rel=1e-4) and not handed
+
+
 # ---- Loss by noise level -------------------------------------------------------------------------
 
 def test_denoising_error_of_a_linear_denoiser_has_its_closed_form():

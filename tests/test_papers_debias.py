@@ -2,14 +2,16 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate
+import train
 from oracles import called, randn, runs
-from papers import debias
+from papers import debias, plot
 
 SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4, steps=4,
              checkpoint_every=1, fid_num=4, fid_features="pixels")
@@ -17,6 +19,18 @@ SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4
 
 def call(name, folder, options=SMALL, **arguments):
     return called(debias, name, folder, options, **arguments)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+def test_a_run_that_was_stopped_goes_on_and_one_that_is_done_is_kept(folder, monkeypatch):
+    given = SMALL | dict(loss="dsm", eval_every=0)
+    run = plot.trained(given, seed=0)
+    Path(run, "done").unlink()
+    Path(evaluate.checkpoints(run)[-1]).unlink()
+    assert plot.trained(given, seed=0) == run and evaluate.load_checkpoint(run)["step"] == 4
+    monkeypatch.setattr(train, "run", None)
+    assert plot.trained(given, seed=0) == run
 
 
 # ---- Weights -------------------------------------------------------------------------------------
