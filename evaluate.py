@@ -1060,7 +1060,7 @@ def print_levels(table, options, data):
 
 
 def draw_run(folder, table):
-    """loss.png, where matplotlib is installed: the loss by step, and noise_table."""
+    """loss.png, where matplotlib is installed: the loss by step, and noise_table as curves."""
     try:
         from matplotlib import figure, ticker
     except ImportError:

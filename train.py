@@ -783,8 +783,10 @@ def new_folder(options, data):
 
 
 def claim(folder, options):
-    """Locks a run's folder until the file returned is closed or its process ends, and writes
-    options.json, for people to read."""
+    """Locks a run's folder and writes options.json, for people to read.
+
+    The lock lasts until the returned file is closed or the process ends.
+    """
     file = open(f"{folder}/.lock.part", "a")
     if ranks()[0] > 0:
         return file

@@ -37,7 +37,7 @@ def judge_of(args):
 
 
 def pooled(found):
-    """One standard deviation of Judge's answers: that of two runs alone is a poor one."""
+    """The standard deviation over runs, pooled over Judge's answers: two runs give a poor one."""
     return math.sqrt(sum(sd ** 2 for _, sd, _ in found) / len(found))
 
 
@@ -226,6 +226,8 @@ def local_errors(denoise, x, sigma, fine=16):
 
 def truncation(args):
     """The error that one step adds, by noise level, for rho = 1, 3, 7, 10: EDM figure 13.
+
+        sigma_i = (sigma_max^(1/rho) + i/(N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
 
     Rms over pixels and --num samples of a trained network, against 16 small steps; and the distance
     of samples by Heun's method with this rho.  3 minutes, and the runs.

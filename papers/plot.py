@@ -242,7 +242,7 @@ def text(cell, digits):
 
 
 def draw(path, columns, rows, panels, title, **shared):
-    """The panels as a PNG, three side by side, if matplotlib is installed."""
+    """The panels as a PNG, at most three side by side, if matplotlib is installed."""
     try:
         from matplotlib import figure, ticker
     except ImportError:

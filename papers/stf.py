@@ -59,8 +59,8 @@ def target_variance(x0, noise, levels, sizes, pool, exact, g):
     """V_STF = E_x Tr Cov(stf_target) by reference size and level (STF section 5.2); D (sec. 6.1).
 
     The target's mean given x is E[x0 | x] for every n, so V is its mean square distance from that.
-    The first reference is x0, the others are rows of the pool, drawn anew for each x0.  n = 1 is
-    V_DSM (STF eq. 4).
+    The first reference is x0, a draw of p(x0 | x); the others are rows of the pool, drawn anew for
+    each x0.  n = 1 is V_DSM (STF eq. 4).
 
     x0, noise (m, ...), levels (L,), pool (N, ...), exact(x, sigma) -> E[x0 | x] (L, d), D (L,);
     returns (m, len(sizes), L) and (m, L), to be averaged over x0.
