@@ -806,13 +806,13 @@ def in_batches(denoise, x, sigma, labels=None):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-def panel(x, columns, cell=64):
+def panel(x, columns, limit, cell=64):
     """A PIL image of images (n, C, H, W) uint8, each enlarged to about cell x cell, in so many
-    columns (None: as many as rows); or of points (n, d), the first two coordinates within +-1.2."""
+    columns (None: as many as rows); or of points (n, d): two coordinates, from -limit to limit."""
     if x.ndim == 2:
         page = Image.new("L", (400, 400), 235)
         pen = ImageDraw.Draw(page)
-        for a, b in (x[:, :2] * [1, -1] / 1.2 + 1) / 2 * 400:
+        for a, b in (x[:, :2] * [1, -1] / limit + 1) / 2 * 400:
             pen.rectangle((a, b, a + 1, b + 1), fill=0)
         return page
     columns = columns or math.ceil(math.sqrt(len(x)))
@@ -828,8 +828,10 @@ def save_pictures(path, panels, names=()):
     """One PNG of captioned panels side by side: [(caption, images or points), ...].
 
     names: one for each row of images, as of its class; a panel then has len(names) equal rows.
+    Points of all panels have one scale, by which those of the first fit.
     """
-    parts = [(text, panel(x, len(x) // len(names) if names else None)) for text, x in panels]
+    limit = 1.1 * np.abs(panels[0][1]).max()
+    parts = [(text, panel(x, len(x) // len(names) if names else None, limit)) for text, x in panels]
     gap, top, font = 16, 28, ImageFont.load_default(size=16)
     left = gap + max((math.ceil(font.getlength(name)) + gap for name in names), default=0)
     width = [max(image.width, math.ceil(font.getlength(text))) for text, image in parts]
@@ -847,10 +849,10 @@ def save_pictures(path, panels, names=()):
 
 def save_gif(path, frames, columns):
     """A GIF of a sampler's states x (n, ...), each of the contrast of the last one, which stays."""
-    pages = []
+    pages, limit = [], 1.1 * frames[-1].abs().max().item()
     for x in frames:
         x = to_uint8(x * (frames[-1].std() / x.std()))
-        pages.append(panel(x, columns, cell=32).quantize(64))
+        pages.append(panel(x, columns, limit, cell=32).quantize(64))
     whole(path, pages[0].save, format="GIF", save_all=True, append_images=pages[1:], loop=0,
           duration=[200] * (len(pages) - 1) + [2000])
 

@@ -137,9 +137,10 @@ class Options:
     out: str = option(None, "folder of the run (default: runs/NUMBER-DATA-LOSS-SCHEDULE)")
     # what is watched and kept; used at the end of a step in run, and in report
     eval_every: int = option(None, "steps between errors at each noise level; 0: none", 0)
-    fid_every: int = option(0, "steps between distances, by which best.pt is kept; 0: none", 0)
-    fid_num: int = option(None, "samples drawn for each distance to the data", 2)
-    fid_features: str = option(None, "what distances are measured on: pixels, or the features of "
+    fid_every: int = option(0, "steps between distances to the data, by which best.pt is kept; 0: "
+                           "none", 0)
+    fid_num: int = option(None, "samples drawn for each of these distances", 2)
+    fid_features: str = option(None, "what they are measured on: pixels, or the features of "
                                "Inception, which is downloaded", choices=("pixels", "inception"))
     sample_every: int = option(None, "steps between pictures of samples; 0: only at the end", 0)
     sample_steps: int = option(None, "steps of Heun's method for pictures and distances", 1)
@@ -252,6 +253,8 @@ def resolve(options, data):
               if name in given and getattr(options, other) != value]
     for_images = [word(name) for name in ("xflip", "augment", "mult", "attend", "dropout",
                                           "label_dropout") if name in given]
+    not_for_heads = [word(name) for name in ("loss", "weight", "ref_batch", "dropout",
+                                             "label_dropout") if name in given]
     options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
                             options.batch)
     if options.amp == "auto":
@@ -283,8 +286,8 @@ def resolve(options, data):
          "which --order 1 and 2 need"),
         (options.head != "none" and not options.init, "--head needs --init RUN, the run whose "
          "network gets it"),
-        (options.head != "none" and options.loss != "stf", "--loss: the head has a loss of its "
-         "own; leave it out"),
+        (options.head != "none" and not_for_heads, f"{' and '.join(not_for_heads)}: the head has a "
+         "loss of its own, and the network around it no dropout; leave it out"),
         (options.holdout == 1, "--holdout 1 would leave nothing to train on"),
     ]:
         if bad:
