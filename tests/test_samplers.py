@@ -1,4 +1,4 @@
-"""Samplers against the truth: Gaussian data and Gaussian mixtures have exact denoisers."""
+"""Samplers against the truth: the denoiser and the flow of Gaussian data are exact."""
 
 import inspect
 import math
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import samplers
-from oracles import close, generator, randn, tensor
+from oracles import (MU, VAR, C, Q, close, gaussian_denoise, gaussian_denoiser, generator, randn,
+                     tensor)
 from samplers import (analytic_covariance, ddim, ddpm, dormand_prince, edm_stochastic, euler,
                       euler_maruyama, guidance, heun, langevin, npr_covariance, ode_slope,
                       predictor_corrector, rk45, seeded_noise, sn_covariance, snr_step)
@@ -20,16 +21,16 @@ ROWS = [column() for column in SCHEDULES.values()]
 # ---- Every sampler -------------------------------------------------------------------------------
 # A sampler of the file, one of later days too, takes denoise, x, its times, and a callback.
 
-def takes(name):
-    return list(inspect.signature(getattr(samplers, name)).parameters)
+def takes(sampler):
+    return list(inspect.signature(sampler).parameters)
 
 
-SAMPLERS = [name for name, value in vars(samplers).items() if inspect.isfunction(value)
-            and takes(name)[:2] == ["denoise", "x"] and "callback" in takes(name)]
-FIXED = [name for name in SAMPLERS if "max_steps" not in takes(name)]
+SAMPLERS = [value for value in vars(samplers).values() if inspect.isfunction(value)
+            and takes(value)[:2] == ["denoise", "x"] and "callback" in takes(value)]
+FIXED = [sampler for sampler in SAMPLERS if "max_steps" not in takes(sampler)]
 SETTINGS = {                                             # where the defaults switch something off
-    "edm_stochastic": dict(S_churn=99.0), "rk45": dict(rtol=1e-4, atol=1e-4),
-    "ddim": dict(eta=0.5, covariance=npr_covariance(lambda x, s: 0.5 / (1 + s ** 2) + 0 * x)),
+    edm_stochastic: dict(S_churn=99.0), rk45: dict(rtol=1e-4, atol=1e-4),
+    ddim: dict(eta=0.5, covariance=npr_covariance(lambda x, s: 0.5 / (1 + s ** 2) + 0 * x)),
 }
 every_fixed = pytest.mark.parametrize("sampler", FIXED)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
@@ -44,49 +45,31 @@ T = ROW.time_steps(6)
 START = start(ROW, T[0], randn(5, 2))
 
 
-def sample(sampler, denoise, x, t=T, row=ROW, callback=None, noise=None, **settings):
+def sample(sampler, denoise, x, t=T, row=ROW, noise=None, **settings):
     """Any sampler, from x at time t[0]; those of the frame sigma(t) = t get x/s and sigma(t)."""
-    settings = {**SETTINGS.get(sampler, {}), **settings, "callback": callback}
+    settings = SETTINGS.get(sampler, {}) | settings
     if "noise" in takes(sampler):
         settings["noise"] = noise or seeded_noise(range(len(x)), x.shape[1:], x.device, x.dtype)
     if "schedule" in takes(sampler):
         settings["schedule"] = row
     else:
         x, t = x / row.s(t[0]), row.sigma(t)
-    out = getattr(samplers, sampler)(denoise, x, t, **settings)
-    return out[0] if isinstance(out, tuple) else out
+    out = sampler(denoise, x, t, **settings)
+    return out[0] if sampler is rk45 else out
 
 
 # ---- The truth -----------------------------------------------------------------------------------
-# Gaussian data N(mu, C), C = Q diag(var) Q': a full matrix, so that a sampler which treats the
-# coordinates one by one, or mixes them up, is found out.
 
-MU, VAR, EYE = tensor(0.3, -0.5), tensor(0.25, 1.5), torch.eye(2, dtype=torch.float64)
-Q = tensor([0.8, -0.6], [0.6, 0.8])
-C = Q * VAR @ Q.T
-
-
-def gaussian_denoise(x, sigma):
-    """E[x0 | x] = mu + C (C + sigma^2 I)^-1 (x - mu)."""
-    return MU + (x - MU) @ Q * (VAR / (VAR + sigma ** 2)) @ Q.T
-
-
-def gaussian_flow(x, sigma_0, sigma):
-    """Where the probability flow takes x from sigma_0 to sigma: each eigenvector scales alone."""
-    return MU + (x - MU) @ Q * ((VAR + sigma ** 2) / (VAR + sigma_0 ** 2)).sqrt() @ Q.T
-
-
-# A mixture .3 N(m_0, v I) + .7 N(m_1, v I): its flow is curved and must decide between the two.
-
+EYE = torch.eye(2, dtype=torch.float64)
 MEANS, V = tensor([1.0, 0.5], [-1.0, -0.2]), 0.04
-GAP = MEANS[0] - MEANS[1]
 
 
 def mixture_denoise(x, sigma):
-    """E[x0 | x]: each component's posterior mean, by its posterior probability (r for m_0)."""
+    """E[x0 | x] of .3 N(m_0, v I) + .7 N(m_1, v I): each one's mean, by its probability r."""
     total = V + sigma ** 2
-    r = ((x - MEANS.mean(0)) @ GAP.unsqueeze(1) / total + math.log(0.3 / 0.7)).sigmoid()  # (B, 1)
-    return (MEANS[1] + r * GAP) * (sigma ** 2 / total) + x * (V / total)
+    square = ((x.unsqueeze(1) - MEANS) ** 2).sum(2)                               # (B, 2)
+    r = (tensor(0.3, 0.7).log() - square / (2 * total)).softmax(1)
+    return r @ MEANS * (sigma ** 2 / total) + x * (V / total)
 
 
 def counted(denoise):
@@ -99,12 +82,8 @@ def counted(denoise):
     return wrapped, calls
 
 
-def refuse():
-    raise AssertionError("the noise source must not be called")
-
-
 def in_turn(noises):
-    """A noise source that gives these noises, one a call."""
+    """A noise source that gives these noises, one a call, and fails after the last."""
     return iter(noises).__next__
 
 
@@ -113,35 +92,20 @@ def grid(N):
     return 20 * (0.1 / 20) ** (torch.arange(N + 1, dtype=torch.float64) / N)
 
 
-def law(run, root):
-    """Covariance of run(x, noise) for x ~ N(0, root root'), run affine in x and its noises.
+def variance_error(sampler, sigma, C=C, **settings):
+    """How far the samples' covariance is from that of N(mu, C) under noise sigma[-1]: (2, 2).
 
-    No sampling: unit vectors for the start and for each noise in turn read off the matrices.
+    No sampling: samples are affine in the start and in the noises, and unit vectors for each of
+    these in turn, after zeros for all, read off the matrices.
     """
-    drawn = []
-    origin = run(0 * root, lambda: drawn.append(1) or 0 * root)
-    basis = torch.eye(2 * (len(drawn) + 1), dtype=torch.float64).view(-1, len(drawn) + 1, 2)
-    first, *rest = basis.unbind(1)
-    out = run(first @ root.T, in_turn(rest)) - origin[0]
-    return out.T @ out
-
-
-def variance_error(sampler, t, **settings):
-    """How far the covariance at t[-1] is from that of N(mu, C) under noise; exact."""
-    def run(x, noise):
-        return sample(sampler, gaussian_denoise, x, t, EDM(), noise=noise, **settings)
-    return (law(run, Q * (VAR + t[0] ** 2).sqrt()) - C - t[-1] ** 2 * EYE).abs().max()
-
-
-def test_the_mixture_oracle_is_the_posterior_mean():
-    """By quadrature of Bayes' rule over x0, on a grid fine enough for v."""
-    axis = torch.arange(-3, 3, 0.05, dtype=torch.float64)
-    x0 = torch.cartesian_prod(axis, axis)                                         # (14400, 2)
-    prior = sum(w * (-((x0 - m) ** 2).sum(1) / (2 * V)).exp() for w, m in zip((0.3, 0.7), MEANS))
-    for sigma in tensor(0.2, 3.0):
-        x = randn(4, 2)
-        p = prior * (-((x.unsqueeze(1) - x0) ** 2).sum(2) / (2 * sigma ** 2)).exp()
-        close(mixture_denoise(x, sigma), p @ x0 / p.sum(1, keepdim=True), atol=1e-9)
+    most = 2 * len(sigma)                                # two noises a step at most
+    basis = torch.eye(2 * most, dtype=torch.float64)
+    first, *noises = torch.cat([0 * basis[:1], basis]).view(-1, most, 2).unbind(1)
+    root = torch.linalg.cholesky(C + sigma[0] ** 2 * EYE)
+    out = sample(sampler, gaussian_denoiser(C), first @ root.T, sigma, EDM(), in_turn(noises),
+                 **settings)
+    out = out[1:] - out[0]
+    return out.T @ out - C - sigma[-1] ** 2 * EYE
 
 
 # ---- Deterministic -------------------------------------------------------------------------------
@@ -162,9 +126,12 @@ def test_order_of_convergence_is_1_for_euler_and_2_for_heun(row, solver, order):
     """Not on ladders, whose steps are uneven, nor with the step to 0, the same for every N."""
     def error(N):
         t, noise = row.time_steps(N)[:-1], randn(4, 2)
-        sigma_0, sigma = row.sigma(t[0]), row.sigma(t[-1])
+        first, last = row.sigma(t[[0, -1]])
         x = solver(gaussian_denoise, start(row, t[0], noise), t, row)
-        return (x / row.s(t[-1]) - gaussian_flow(sigma_0 * noise, sigma_0, sigma)).abs().max()
+        # along each eigenvector the flow scales x0 + sigma noise as its deviation
+        scale = ((VAR + last ** 2) / (VAR + first ** 2)).sqrt()
+        exact = MU + (first * noise - MU) @ Q * scale @ Q.T
+        return (x / row.s(t[-1]) - exact).abs().max()
 
     coarse, fine = error(129), error(257)
     assert abs((coarse / fine).log2() - order) < 0.08
@@ -172,11 +139,11 @@ def test_order_of_convergence_is_1_for_euler_and_2_for_heun(row, solver, order):
 
 
 @pytest.mark.parametrize("sampler, settings", [
-    ("euler", {}), ("heun", {}), ("rk45", {}), ("edm_stochastic", dict(S_churn=0.0)),
-    ("euler_maruyama", dict(beta=3.0)), ("ddim", dict(cap=1)), ("ddpm", dict(variance="beta"))])
+    (euler, {}), (heun, {}), (rk45, {}), (edm_stochastic, dict(S_churn=0.0)),
+    (euler_maruyama, dict(beta=3.0)), (ddim, dict(cap=1)), (ddpm, dict(variance="beta"))])
 def test_the_step_to_0_lands_on_d_without_noise_and_in_ve_half_way(sampler, settings):
     x, t = randn(4, 2), EDM().time_steps(9)[-2:]
-    ours = sample(sampler, mixture_denoise, x, t, EDM(), noise=refuse, **settings)
+    ours = sample(sampler, mixture_denoise, x, t, EDM(), in_turn([]), **settings)
     close(ours, mixture_denoise(x, t[0]))
     if "schedule" in takes(sampler):
         t = VE().time_steps(9)[-2:]
@@ -184,22 +151,17 @@ def test_the_step_to_0_lands_on_d_without_noise_and_in_ve_half_way(sampler, sett
         close(sample(sampler, mixture_denoise, x, t, VE()), x + (D - x) / 2)
 
 
-def test_ddim_of_eta_0_and_euler_maruyama_of_beta_0_are_euler_in_sigma_and_draw_no_noise():
-    sigma, x = EDM().time_steps(18), 80 * randn(6, 2)
-    truth = euler(mixture_denoise, x, sigma, EDM())
-    close(ddim(mixture_denoise, x, sigma), truth)
-    close(euler_maruyama(mixture_denoise, x, sigma, refuse, beta=0.0), truth)
+def test_without_noise_stochastic_samplers_are_euler_or_heun_and_draw_none():
+    t, x = EDM().time_steps(18), 80 * randn(6, 2)
+    first, second = (solver(mixture_denoise, x, t, EDM()) for solver in (euler, heun))
+    close(ddim(mixture_denoise, x, t), first)
+    close(euler_maruyama(mixture_denoise, x, t, in_turn([]), beta=0.0), first)
+    # without churn, and where no sigma lies in the window
+    for settings in ({}, dict(S_churn=40, S_tmin=90), dict(S_churn=40, S_tmax=1e-3)):
+        close(edm_stochastic(mixture_denoise, x, t, in_turn([]), **settings), second)
 
 
 # ---- EDM's stochastic sampler --------------------------------------------------------------------
-
-def test_without_churn_algorithm_2_is_algorithm_1():
-    """And with churn, where no sigma lies in the window."""
-    t, x = EDM().time_steps(18), 80 * randn(16, 2)
-    expected = heun(mixture_denoise, x, t, EDM())
-    for settings in ({}, dict(S_churn=40, S_tmin=90), dict(S_churn=40, S_tmax=1e-3)):
-        close(edm_stochastic(mixture_denoise, x, t, refuse, **settings), expected)
-
 
 @pytest.mark.parametrize("S_churn, gamma, window", [(4, 0.4, (0.5, 8)), (99, 2 ** 0.5 - 1, ())])
 def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_churn, gamma, window):
@@ -231,7 +193,7 @@ def test_s_noise_scales_the_noise_of_a_step_done_by_hand():
 
 
 def test_churn_keeps_the_gaussian_marginal_in_exact_covariance():
-    coarse, fine = (variance_error("edm_stochastic", EDM().time_steps(N), S_churn=20)
+    coarse, fine = (variance_error(edm_stochastic, EDM().time_steps(N), S_churn=20).norm()
                     for N in (40, 120))
     assert fine < 0.015 and fine < coarse / 5         # near second order: 3^2 = 9
 
@@ -239,12 +201,11 @@ def test_churn_keeps_the_gaussian_marginal_in_exact_covariance():
 # ---- The reverse SDE -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler, settings", [
-    ("euler_maruyama", dict(beta=0.3)), ("euler_maruyama", dict(beta=3.0)),
-    ("ddpm", dict(variance="beta")), ("ddpm", {}),
-    ("predictor_corrector", dict(snr=0.01, norms=False))])
+    (euler_maruyama, dict(beta=0.3)), (euler_maruyama, dict(beta=3.0)),
+    (ddpm, dict(variance="beta")), (ddpm, {}), (predictor_corrector, dict(snr=0.01, norms=False))])
 def test_the_gaussian_marginal_is_kept_with_weak_order_1_for_any_beta_and_variance(sampler,
                                                                                    settings):
-    coarse, fine = (variance_error(sampler, grid(N), **settings) for N in (200, 400))
+    coarse, fine = (variance_error(sampler, grid(N), **settings).norm() for N in (200, 400))
     assert fine < 0.1 and abs((coarse / fine).log2() - 1) < 0.1
 
 
@@ -297,15 +258,12 @@ def tableau():
     return torch.stack([0 * b, *a]), b, b - error, torch.stack([tensor(0)[0], *c])
 
 
-def trees(order):
-    """The rooted trees with that many nodes, each the sorted tuple of its branches."""
-    def forests(n):
-        """Multisets of trees with n nodes in all."""
-        if n == 0:
-            return {()}
-        return {tuple(sorted((*rest, tree))) for m in range(1, n + 1) for tree in trees(m)
-                for rest in forests(n - m)}
-    return forests(order - 1)
+def trees(n):
+    """The rooted trees with n nodes, each the sorted tuple of its branches."""
+    if n == 1:
+        return {()}
+    return {tuple(sorted((*rest, branch))) for m in range(1, n)
+            for rest in trees(n - m) for branch in trees(m)}
 
 
 def size(tree):
@@ -486,34 +444,28 @@ def test_ddpm_is_the_published_step_of_the_scaled_frame(variance):
 
 @pytest.mark.parametrize("N", [1, 10])
 def test_with_the_exact_covariance_the_gaussian_marginal_is_exact_in_any_number_of_steps(N):
-    sigma, variance, one, point = grid(N), tensor(0.09, 0.64), tensor(1, 1), tensor(0, 0)
+    sigma, variance, one = grid(N), tensor(0.09, 0.64), tensor(1, 1)
 
-    def error(v, sampler, *settings):
-        """How far the samples' covariance is from that of N(0, diag(v)) under noise sigma[-1]."""
-        def denoise(x, sigma):
-            return x * v / (v + sigma ** 2)
-
-        def run(x, noise):
-            return sampler(denoise, x, sigma, noise, *settings)
-        return law(run, (v + sigma[0] ** 2).sqrt().diag()) - (v + sigma[-1] ** 2).diag()
+    def error(sampler, v, **settings):
+        return variance_error(sampler, sigma, v.diag(), **settings)
 
     def residual(x, sigma):                              # E[(eps - eps_hat)^2 | x]
         return (variance / (variance + sigma ** 2)).expand_as(x)
 
     def square(x, sigma):                                # E[eps^2 | x]
-        return (sigma * x / (variance + sigma ** 2)) ** 2 + residual(x, sigma)
+        return (sigma * (x - MU) / (variance + sigma ** 2)) ** 2 + residual(x, sigma)
 
     def analytic(v):                                     # by E|eps_hat|^2/d
         return analytic_covariance(sigma, (sigma ** 2 / (v[:, None] + sigma ** 2)).mean(0))
 
     for eta in (0.0, 0.3, 1.0):                          # DDPM is eta = 1; Analytic-DPM Theorem 1
-        close(error(variance, ddim, eta, npr_covariance(residual)), 0.0)
-    close(error(variance, ddpm, sn_covariance(square)), 0.0, atol=1e-9)
-    close(error(one, ddpm, analytic(one)), 0.0)
+        close(error(ddim, variance, eta=eta, covariance=npr_covariance(residual)), 0.0)
+    close(error(ddpm, variance, variance=sn_covariance(square)), 0.0, atol=1e-9)
+    close(error(ddpm, one, variance=analytic(one)), 0.0)
     if N == 1:                                           # one number for both: right in the sum
-        close(error(variance, ddpm, analytic(variance)).trace(), 0.0)
-    close(error(one, ddpm, "beta"), 0.0)
-    close(error(point, ddpm, "beta_tilde"), 0.0)
+        close(error(ddpm, variance, variance=analytic(variance)).trace(), 0.0)
+    close(error(ddpm, one, variance="beta"), 0.0)
+    close(error(ddpm, 0 * one, variance="beta_tilde"), 0.0)
 
 
 def test_covariances_are_clipped_to_0_and_to_the_bound():
@@ -539,7 +491,7 @@ def test_analytic_covariance_looks_its_table_up_in_log_sigma():
         with pytest.raises(ValueError, match="two rows of the same length"):
             analytic_covariance(levels, moments)
     with pytest.raises(ValueError, match="beta_tilde, beta or a covariance, not 'sn'"):
-        ddpm(gaussian_denoise, X, LADDER, refuse, "sn")
+        ddpm(gaussian_denoise, X, LADDER, in_turn([]), "sn")
 
 
 def test_the_cap_holds_the_noise_of_the_last_noisy_step_to_y_grey_levels():
@@ -602,8 +554,8 @@ def test_own_norms_leave_langevin_a_variance_of_1_plus_2_over_d_squared():
 # ---- The contract --------------------------------------------------------------------------------
 
 def test_the_contract_is_tested_on_all_samplers_there_are():
-    assert {"euler", "heun", "rk45", "edm_stochastic", "euler_maruyama", "ddim", "ddpm",
-            "predictor_corrector"} <= set(SAMPLERS)
+    assert {euler, heun, rk45, edm_stochastic, euler_maruyama, ddim, ddpm,
+            predictor_corrector} <= set(SAMPLERS)
 
 
 @every_sampler
@@ -627,7 +579,7 @@ def test_sigma_has_one_value_per_sample_and_the_type_of_x_in_every_call(sampler)
 
 @every_fixed
 def test_nfe_is_what_each_docstring_says(sampler):
-    factor, less = re.search(r"NFE = (\d*)N( - 1)?\.", getattr(samplers, sampler).__doc__).groups()
+    factor, less = re.search(r"NFE = (\d*)N( - 1)?\.", sampler.__doc__).groups()
     for N in (1, 9):
         denoise, calls = counted(gaussian_denoise)
         sample(sampler, denoise, START, ROW.time_steps(N))
@@ -653,13 +605,12 @@ def test_callbacks_see_the_state_after_every_step_and_the_start_is_left_as_it_wa
 
 
 @every_fixed
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_state_that_is_not_finite_stops_with_its_step_and_sigma(sampler, bad):
+def test_a_state_that_is_not_finite_stops_with_its_step_and_sigma(sampler):
     seen, sigma = [], ROW.sigma(T)
 
     def denoise(x, s):
         here = (torch.arange(5) == 2).unsqueeze(1) & (s < 1.01 * sigma[3])
-        return torch.where(here, bad, gaussian_denoise(x, s))
+        return torch.where(here, math.inf, gaussian_denoise(x, s))
 
     with pytest.raises(FloatingPointError) as error:
         sample(sampler, denoise, START, callback=lambda i, x: seen.append(bool(x.isfinite().all())))
