@@ -127,14 +127,6 @@ def test_flips_are_exact():
         assert torch.equal(got[row], images[row].flip(axes))
 
 
-def test_quarter_turns_are_those_of_rot90():
-    """Counter-clockwise as seen: the table's ROTATE2D(-a3), with y down."""
-    for H, turns in ((8, 1), (15, -1)):
-        images = randn(1, 3, H, H)
-        got = augment(images, parameters(a3=turns * PI / 2))
-        close(got, images.rot90(turns, (2, 3)), rtol=0, atol=1e-4)
-
-
 def test_whole_pixel_shifts_are_a_roll_with_the_border_reflected():
     H, images = 8, randn(1, 3, 8, 8)
 

@@ -28,6 +28,7 @@ def test_sigma_inv_inverts_sigma_and_dsigma_and_ds_are_the_derivatives(column):
 
 
 def test_sigma_and_s_are_the_tables_formulas():
+    assert dict(vp=VP, ve=VE, iddpm=IDDPM, edm=EDM, ddpm=DDPM).items() <= SCHEDULES.items()
     t = torch.logspace(-5, 0, 50, dtype=torch.float64)
     for column in (EDM(), IDDPM(), DDPM()):
         assert torch.equal(column.sigma(t), t) and (column.s(t) == 1).all()
@@ -55,14 +56,12 @@ def test_vp_in_float32_is_exact_near_0_where_the_naive_formula_loses_percents():
 
 @every_column
 def test_time_steps_are_n_plus_1_strictly_decreasing_to_0_between_the_same_ends(column):
-    first, last, end = column.time_steps(2).tolist()
-    assert end == 0
-    close(column.time_steps(1), [first, 0])
-    for N in (3, 57, 256):
+    first, last, _ = column.time_steps(2)
+    for N in (1, 2, 57, 256):
         t = column.time_steps(N)
         assert t.shape == (N + 1,) and t.dtype == torch.float64 and t.device.type == "cpu"
-        assert (t.diff() < 0).all()
-        close(t[[0, -2, -1]], [first, last, 0])
+        assert (t.diff() < 0).all() and t[-1] == 0 and t[0] == first
+        assert N == 1 or abs(t[-2] / last - 1) < 1e-9
 
 
 def test_vp_steps_are_even_in_t_ve_steps_in_log_t_edm_steps_in_t_to_the_1_over_rho():
@@ -207,13 +206,3 @@ def test_every_function_keeps_shape_and_dtype_and_each_sample_has_its_own_sigma(
             assert together.shape == u.shape and together.dtype == dtype
             assert together.isfinite().all()
             close(together.flatten(), torch.stack(alone), rtol=1e-6)
-
-
-def test_the_table_names_its_columns_whose_members_stand_in_one_order():
-    assert dict(vp=VP, ve=VE, iddpm=IDDPM, edm=EDM, ddpm=DDPM).items() <= SCHEDULES.items()
-    order = ["sigma", "sigma_inv", "dsigma", "s", "ds", "time_steps", "training_sigma",
-             "precondition", "weight"]
-    for column in SCHEDULES.values():
-        for part in (column, column.__base__):                     # a ladder's are its base's
-            members = [member for member in vars(part) if member in order]
-            assert members == sorted(members, key=order.index)

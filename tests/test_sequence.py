@@ -149,12 +149,11 @@ def test_sa_loss_is_the_published_form():
     K, lam, t, x0 = 4, 0.2, torch.tensor([1, 2, 3, 40, 500, 1000]), randn(6, 3, 4, 4, seed=3)
     noise, tau = randn(K, 6, 3, 4, 4, seed=4), sa_tau(LINEAR, t, K, "window")
 
-    def eps_network(x, s):                                          # in DDPM's frame
-        return (1.5 * x).tanh() + 0.1 * x.roll(1, -1) + s / 50
+    def eps_network(x):                                             # in DDPM's frame
+        return (1.5 * x).tanh() + 0.1 * x.roll(1, -1)
 
     def denoise(x, sigma):
-        s = (1 + torch.searchsorted(LINEAR, sigma)).to(x)
-        return x - sigma * eps_network(x / (1 + sigma ** 2).sqrt(), s)
+        return x - sigma * eps_network(x / (1 + sigma ** 2).sqrt())
     got = sa_loss(denoise, x0, noise, shaped(LINEAR[window(t, K) - 1], x0), constant_weight,
                   shaped(tau, x0), lam)
     assert got.shape == (6,)
@@ -164,7 +163,7 @@ def test_sa_loss_is_the_published_form():
             level = t[b].item() - k
             ab = 1 / (1 + LINEAR[level - 1] ** 2)
             x = ab.sqrt() * x0[b] + (1 - ab).sqrt() * noise[k, b]
-            error = noise[k, b] - eps_network(x, level)
+            error = noise[k, b] - eps_network(x)
             gap, simple = gap + tau[k, b] * error, (error ** 2).sum() if k == 0 else simple
         want = simple + lam * (gap ** 2).sum() / K ** 2
         assert got[b].item() * 48 == pytest.approx(want.item(), rel=1e-9)
