@@ -256,21 +256,24 @@ def test_initial_weights_with_last_layers_that_are_nearly_zero(kind, bounds):
 
 @pytest.mark.parametrize("row", SCHEDULES)
 def test_denoiser_is_edm_eq_7_for_every_schedule(row):
-    """D = c_skip x + c_out F(c_in x; c_noise), sigma 0-d or one per sample."""
-    given, schedule, x = [], SCHEDULES[row](), 2 * batch()[0]
+    """D = c_skip x + c_out F(c_in x; c_noise), sigma 0-d or one per sample; float32 for bf16."""
+    given, schedule, images = [], SCHEDULES[row](), 2 * batch()[0]
 
     def model(x, c_noise, *labels):
         given[:] = x, c_noise
         return x.tanh() + shaped(c_noise, x)
 
-    net, sigma = Denoiser(model, schedule.precondition), shaped([0.05, 0.5, 2.0, 30.0], x)
-    c_skip, c_out, c_in, c_noise = schedule.precondition(sigma)
-    D = net(x, sigma)
-    assert torch.equal(given[0], c_in * x) and torch.equal(given[1], c_noise.view(4))
-    close(D, c_skip * x + c_out * ((c_in * x).tanh() + c_noise))
-    for number in (0.7, torch.tensor(0.7), torch.tensor(0.7, dtype=torch.float64)):
-        assert torch.equal(net(x, number), net(x, shaped([0.7] * 4, x)))
-        assert given[1].shape == (4,)
+    net = Denoiser(model, schedule.precondition)
+    for x in (images, images.double()):
+        sigma = shaped([0.05, 0.5, 2.0, 30.0], x)
+        c_skip, c_out, c_in, c_noise = schedule.precondition(sigma)
+        D = net(x, sigma)
+        assert torch.equal(given[0], c_in * x) and torch.equal(given[1], c_noise.view(4))
+        close(D, c_skip * x + c_out * ((c_in * x).tanh() + c_noise))
+        for number in (0.75, torch.tensor(0.75), torch.tensor(0.75).double()):
+            assert torch.equal(net(x, number), net(x, shaped([0.75] * 4, x)))
+            assert given[1].shape == (4,)
+    assert torch.equal(net(x.bfloat16(), sigma), net(x.bfloat16().float(), sigma))
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "adm", "mlp"])
@@ -303,13 +306,6 @@ def test_under_autocast_or_with_amp_f_runs_in_bf16_and_the_arithmetic_around_it_
         assert ((got - want) / c_out).norm() < 0.05 * ((want - c_skip * x) / c_out).norm()
 
 
-def test_denoiser_gives_float32_for_bf16_and_float64_for_float64():
-    x, sigma, net = batch()[0], torch.tensor(0.5), Denoiser(small("ncsnpp"), EDM().precondition)
-    want = net(x, sigma)
-    close(net(x.bfloat16(), sigma), net(x.bfloat16().float(), sigma))
-    close(net.double()(x.double(), sigma), want.double(), rtol=1e-3, atol=1e-4)
-
-
 @every_kind_and_mlp
 def test_gradients_reach_every_parameter(kind):
     net = small(kind)
@@ -321,18 +317,12 @@ def test_gradients_reach_every_parameter(kind):
 # ---- Labels, dropout -----------------------------------------------------------------------------
 
 @every_kind_and_mlp
-def test_labels_none_and_minus_1_are_no_class_and_classes_matter(kind):
+def test_no_labels_are_those_of_no_class_and_no_augmentation_and_classes_matter(kind):
     net, (x, c_noise, _, _) = small(kind), batch(kind)
     none = net(x, c_noise)
-    assert torch.equal(net(x, c_noise, torch.full((4,), -1)), none)
+    assert torch.equal(net(x, c_noise, torch.full((4,), -1), torch.zeros(4, 9)), none)
     change = (net(x, c_noise, torch.tensor([2, -1, 0, 4])) - none).flatten(1).norm(dim=1)
     assert (change > 1e-3).tolist() == [True, False, True, True]
-
-
-def test_augment_labels_none_are_zeros_and_a_network_without_the_layer_ignores_them():
-    net, plain, (x, c_noise, _, augment) = small("adm"), small("adm", augment_dim=0), batch()
-    close(net(x, c_noise, None, torch.zeros(4, 9)), net(x, c_noise))
-    assert torch.equal(plain(x, c_noise, None, augment), plain(x, c_noise))
 
 
 def test_label_dropout_drops_its_share_in_training_only():

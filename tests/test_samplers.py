@@ -166,30 +166,22 @@ def test_without_noise_stochastic_samplers_are_euler_or_heun_and_draw_none():
 @pytest.mark.parametrize("S_churn, gamma, window", [(4, 0.4, (0.5, 8)), (99, 2 ** 0.5 - 1, ())])
 def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_churn, gamma, window):
     sigma = tensor(40, 20, 10, 8, 4, 2, 1, 0.5, 0.3, 0.2, 0)                      # N = 10
-    drawn = []
+    x, z, drawn = 40 * randn(3, 2), randn(3, 2, seed=1), []
 
     def noise():
         drawn.append(len(calls))                     # how many times D was called before
-        return randn(3, 2, seed=len(drawn))
+        return z
 
     denoise, calls = counted(gaussian_denoise)
-    edm_stochastic(denoise, 40 * randn(3, 2), sigma, noise, S_churn, *window)
+    ours = edm_stochastic(denoise, x, sigma, noise, S_churn, *window)
     low, high = window or (0, math.inf)
     inside = [low <= v <= high for v in sigma[:-1].tolist()]         # both ends belong to it
     sigma_hat = [v * (1 + gamma) if i else v for v, i in zip(sigma[:-1].tolist(), inside)]
     assert calls[::2] == pytest.approx(sigma_hat, rel=1e-12)
     assert calls[1::2] == sigma[1:-1].tolist()
     assert drawn == [2 * i for i, v in enumerate(inside) if v]     # once each, before D
-
-
-def test_s_noise_scales_the_noise_of_a_step_done_by_hand():
-    # D = x/2.  sigma = 2, gamma = .3/1: sigma^ = 2.6, sigma^^2 - sigma^2 = 2.76.
-    x, z = randn(4, 2), randn(4, 2, seed=1)
-    ours = edm_stochastic(lambda x, _: x / 2, x, tensor(2, 1), lambda: z, S_churn=0.3, S_noise=1.1)
-    x_hat = x + 2.76 ** 0.5 * 1.1 * z
-    d = x_hat / 2 / 2.6
-    d_next = (x_hat - 1.6 * d) / 2
-    close(ours, x_hat - 1.6 * (d + d_next) / 2)
+    half = in_turn([z / 2] * 10)
+    close(edm_stochastic(gaussian_denoise, x, sigma, half, S_churn, *window, S_noise=2.0), ours)
 
 
 def test_churn_keeps_the_gaussian_marginal_in_exact_covariance():
@@ -333,35 +325,24 @@ def test_rk45_starts_at_zero_and_where_nothing_moves_too():
     close(rk45(lambda x, sigma: torch.full_like(x, 0.5), x, t, EDM())[0], 0.5, atol=1e-4)
 
 
-def labelled(x, sigma, means, variances):
-    """The denoiser of N(mean, variance I), both each sample's own: (b, 2), (b, 1)."""
-    assert len(means) == len(x)
-    return means + (x - means) * variances / (variances + sigma ** 2)
-
-
-VARIANCES = tensor([1e-6], [0.01], [1.0], [9.0], [400.0])
-
-
 def test_an_rk45_sample_with_labels_is_the_same_alone_or_in_company_which_it_leaves():
     """And each ends, within the tolerance, where its own exact flow leads."""
     t, calls = T[:-1], torch.zeros(5, dtype=torch.int64)                 # without the step to 0
-    x, means = START, 3 * randn(5, 2, seed=1)
-    labels = torch.arange(5), means, VARIANCES
+    means, variances = 3 * randn(5, 2, seed=1), tensor([1e-6], [0.01], [1.0], [9.0], [400.0])
 
-    def denoise(x, sigma, who, means, variances):
+    def denoise(x, sigma, who, mean):
         calls[who] += 1
-        return labelled(x, sigma, means, variances)
+        return mean + (x - mean) * variances[who] / (variances[who] + sigma ** 2)
 
-    together, nfe = rk45(denoise, x, t, ROW, labels=labels)
+    together, nfe = rk45(denoise, START, t, ROW, labels=(torch.arange(5), means))
     assert torch.equal(calls, nfe) and nfe.unique().numel() > 1          # each is called as needed
-    for rows in ([3], [2, 3, 0]):
-        own = [label[rows] for label in labels]
-        alone, nfe_alone = rk45(denoise, x[rows], t, ROW, labels=own)
+    for rows in torch.tensor([3]), torch.tensor([2, 3, 0]):
+        alone, nfe_alone = rk45(denoise, START[rows], t, ROW, labels=(rows, means[rows]))
         assert torch.equal(nfe[rows], nfe_alone)
         close(alone, together[rows])
-    top, end = ROW.sigma(t[[0, -1]])
-    scale = ((VARIANCES + end ** 2) / (VARIANCES + top ** 2)).sqrt()
-    exact = means + scale * (x / ROW.s(t[0]) - means)
+    first, last = ROW.sigma(t[[0, -1]])
+    scale = ((variances + last ** 2) / (variances + first ** 2)).sqrt()
+    exact = means + scale * (START / ROW.s(t[0]) - means)
     close(together / ROW.s(t[-1]), exact, rtol=0, atol=1e-3)
 
 
@@ -387,10 +368,14 @@ def test_rk45_says_which_sample_is_stuck_and_where():
 # ---- Guidance ------------------------------------------------------------------------------------
 
 def test_guidance_of_weight_1_is_none_and_of_weight_0_is_unconditional():
-    x, sigma, labels = randn(5, 2), tensor(0.7), (randn(5, 2, seed=1), VARIANCES)
-    D, D_u = labelled(x, sigma, *labels), mixture_denoise(x, sigma)
+    x, sigma, label = randn(5, 2), tensor(0.7), randn(5, 2, seed=1)
+
+    def conditional(x, sigma, label):
+        return gaussian_denoise(x, sigma) + label
+
+    D, D_u = conditional(x, sigma, label), mixture_denoise(x, sigma)
     for weight in (1, 0.0, -1.0, 0.3, 7.0):
-        ours = guidance(labelled, mixture_denoise, weight)(x, sigma, *labels)
+        ours = guidance(conditional, mixture_denoise, weight)(x, sigma, label)
         close(ours, D_u + weight * (D - D_u))
 
 
@@ -401,43 +386,39 @@ X, Z = 20 * randn(5, 2), [randn(5, 2, seed=i) for i in range(1, 6)]
 
 
 def by_hand(step):
-    """The state after step(x, D, a, b, noise) from X along LADDER, with the noises Z in turn."""
-    x = X
-    for a, b, noise in zip(LADDER[:-1], LADDER[1:], Z):
-        x = step(x, mixture_denoise(x, a), a, b, noise)
-    return x
+    """Where published steps y <- step(y, D, ab_t, ab_s, noise) of y = sqrt(ab) x take X."""
+    ab = 1 / (1 + LADDER ** 2)                           # alpha_bar
+    y = ab[0].sqrt() * X
+    for sigma, ab_t, ab_s, noise in zip(LADDER, ab, ab[1:], Z):
+        y = step(y, mixture_denoise(y / ab_t.sqrt(), sigma), ab_t, ab_s, noise)
+    return y / ab[-1].sqrt()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_is_the_published_step_of_the_scaled_frame(eta):
-    # DDIM eq. 12 with eq. 16's v for y = sqrt(alpha_bar) x; Cov[x0 | x] by Analytic-DPM Theorem 1.
     def covariance(x, sigma, D):                         # that needs all three
         return tensor(0.09, 0.64) * (x ** 2 + D ** 2) / (x ** 2 + sigma ** 2)
 
-    def step(x, D, t, s, z):
-        ab_t, ab_s = 1 / (1 + t ** 2), 1 / (1 + s ** 2)
-        y = ab_t.sqrt() * x
+    def step(y, D, ab_t, ab_s, z):
+        """DDIM eq. 12 with eq. 16's v; Cov[x0 | x] by Analytic-DPM Theorem 1."""
         eps_hat = (y - ab_t.sqrt() * D) / (1 - ab_t).sqrt()
         v = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
         k = ab_s.sqrt() - ((1 - ab_s - v) * ab_t / (1 - ab_t)).sqrt()
-        deviation = (v + k ** 2 * covariance(x, t, D)).sqrt()
-        y = ab_s.sqrt() * D + (1 - ab_s - v).sqrt() * eps_hat + deviation * z
-        return y / ab_s.sqrt()
+        cov = covariance(y / ab_t.sqrt(), (1 / ab_t - 1).sqrt(), D)
+        return ab_s.sqrt() * D + (1 - ab_s - v).sqrt() * eps_hat + (v + k ** 2 * cov).sqrt() * z
 
     close(ddim(mixture_denoise, X, LADDER, in_turn(Z), eta, covariance), by_hand(step))
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_ddpm_is_the_published_step_of_the_scaled_frame(variance):
-    def step(x, D, t, s, z):
+    def step(y, D, ab_t, ab_s, z):
         """DDPM eq. 4, 6, 7 as printed, in alpha, beta, alpha_bar: q(x_s | x_t, x_0 = D)."""
-        ab_t, ab_s = 1 / (1 + t ** 2), 1 / (1 + s ** 2)
-        alpha, y = ab_t / ab_s, ab_t.sqrt() * x
+        alpha = ab_t / ab_s
         beta = 1 - alpha
         beta_tilde = (1 - ab_s) / (1 - ab_t) * beta
         mean = ab_s.sqrt() * beta / (1 - ab_t) * D + alpha.sqrt() * (1 - ab_s) / (1 - ab_t) * y
-        var = {"beta": beta, "beta_tilde": beta_tilde}[variance]
-        return (mean + var.sqrt() * z) / ab_s.sqrt()
+        return mean + {"beta": beta, "beta_tilde": beta_tilde}[variance].sqrt() * z
 
     close(ddpm(mixture_denoise, X, LADDER, in_turn(Z), variance), by_hand(step))
 
