@@ -21,12 +21,6 @@ from schedules import SCHEDULES
 SIGMAS = (0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 80.0)
 
 
-def images(n, seed=0):
-    """Smooth fields in [-1, 1]: (n, 3, 32, 32) float32."""
-    coarse = randn(n, 3, 5, 5, seed=seed).float()
-    return F.interpolate(coarse, size=32, mode="bicubic").tanh()
-
-
 def points(n):
     """Eight clusters on a circle: (n, 2)."""
     angle = torch.arange(n) * (2 * math.pi / 8)
@@ -132,7 +126,7 @@ def direct(x, sigma, reference):
 
 def test_stf_eq_5_target_is_the_direct_softmax_at_every_sigma():
     """In any chunks; each sample has its own sigma."""
-    reference = images(65)
+    reference = randn(65, 3, 8, 8).float()
     x0 = reference[:8]
     sigma = shaped(SIGMAS, x0)
     x = x0 + sigma * randn(*x0.shape, seed=3).float()
@@ -146,10 +140,10 @@ def test_stf_eq_5_target_is_the_direct_softmax_at_every_sigma():
 
 def test_stf_target_is_exact_between_near_duplicates_and_does_not_heed_autocast():
     """32 rows at distance sigma from one: the weights are mixed, and every digit of them shows."""
-    base, away = images(1, seed=14), randn(31, 3, 32, 32, seed=11).float()
+    base, away = randn(1, 3, 8, 8, seed=14).float(), randn(31, 3, 8, 8, seed=11).float()
     away = away / away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     for sigma in SIGMAS:
-        reference = torch.cat([images(32, seed=12), base, base + sigma * away])
+        reference = torch.cat([randn(32, 3, 8, 8, seed=12).float(), base, base + sigma * away])
         s = shaped([sigma], base)
         x = base + s * randn(*base.shape, seed=15).float()
         w, want = direct_weights(x, s, reference), direct(x, s, reference)
@@ -165,8 +159,7 @@ def test_stf_target_is_exact_between_near_duplicates_and_does_not_heed_autocast(
 
 def test_stf_n_1_is_dsm_bit_for_bit():
     """STF sec. 4: "When n = 1, STF reduces to the vanilla denoising score-matching"."""
-    x0 = images(1)
-    noise = randn(*x0.shape, seed=8).float()
+    x0, noise = randn(2, 1, 3, 8, 8).float()
     target = partial(stf_target, reference=x0)
     for sigma in SIGMAS:
         batch = curved, x0, noise, shaped([sigma], x0), constant_weight
@@ -203,10 +196,10 @@ def test_stf_sec_4_target_in_each_kernels_own_frame_is_the_target_at_x_over_s_an
 
 def test_stf_labels_average_over_the_own_class_only():
     """In any chunks, of which some hold no reference of a class.  NaN where no chunk does."""
-    reference, classes = images(48), torch.arange(48) // 16
+    reference, classes = randn(48, 3, 8, 8).float(), torch.arange(48) // 16
     x0, labels = reference[::5], classes[::5]
     sigma = shaped([0.5 + 2 * i for i in range(10)], x0)
-    x = x0 + sigma * randn(10, 3, 32, 32, seed=16).float()
+    x = x0 + sigma * randn(10, 3, 8, 8, seed=16).float()
     want = torch.cat([direct(x[[i]], sigma[[i]], reference[classes == labels[i]])
                       for i in range(10)])
     plain = stf_target(x, sigma, reference)

@@ -203,15 +203,16 @@ def test_running_beta_is_its_prior_where_nothing_is_known_and_is_clamped():
         close(beta(sigma), want, rtol=1e-6)
 
 
-def test_running_beta_is_the_regression_of_per_sample_gradients_by_bin_with_older_ones_decayed():
+def test_running_beta_is_the_regression_of_finite_per_sample_gradients_by_bin_with_older_decayed():
     """Gradients in two tensors of 3 and 1 parameters; the first two samples share a bin."""
-    a, c = randn(4, 4, seed=1), randn(4, 4, seed=2) + randn(4, 4, seed=1)
+    a, c = randn(5, 4, seed=1), randn(5, 4, seed=2) + randn(5, 4, seed=1)
+    a[4] = tensor(1, math.inf, math.nan, 1)                        # left out
     three, one = torch.ones(3).double().requires_grad_(), torch.ones(1).double().requires_grad_()
-    sigma, beta = tensor(0.1, 0.1, 5.0, 0.1)[:, None], RunningBeta(decay=0.5)
-    for rows in (slice(0, 3), slice(3, 4)):
+    sigma, beta = tensor(0.1, 0.1, 5.0, 0.1, 0.1)[:, None], RunningBeta(decay=0.5)
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 5)):
         loss, control = (v[rows, :3] @ three + v[rows, 3:] @ one for v in (a, c))
         beta.update(sigma[rows], loss, control, [three, one])
-    new = torch.stack([(a * c).sum(1), (c ** 2).sum(1), torch.ones(4)])           # (3, 4)
+    new = torch.stack([(a * c).sum(1), (c ** 2).sum(1), torch.ones(5)])           # (3, 5)
     near, far = 0.5 * (new[:, 0] + new[:, 1]) + new[:, 3], new[:, 2]
     for k, want in ((0, near), (2, far)):
         close(beta.sums[:, beta.bin(sigma[k, 0])].double(), want, rtol=1e-6)
@@ -220,10 +221,3 @@ def test_running_beta_is_the_regression_of_per_sample_gradients_by_bin_with_olde
         assert 0 < mean < 1.2
         close(beta(sigma[k, 0]), mean, rtol=1e-6)
     assert beta.sums.count_nonzero() == 6                                # nothing in other bins
-
-
-def test_running_beta_leaves_out_what_is_not_finite():
-    beta, theta = RunningBeta(), torch.ones(1, requires_grad=True)
-    for value in (math.inf, 2.0, math.nan):
-        beta.update(torch.tensor([[0.1]]), torch.tensor([value]) * theta, 1 * theta, [theta])
-    assert beta.sums[:, beta.bin(torch.tensor(0.1))].tolist() == [2.0, 1.0, 1.0]
