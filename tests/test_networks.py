@@ -19,25 +19,23 @@ every_kind_and_mlp = pytest.mark.parametrize("kind", [*SMALL, "mlp"])
 close = torch.testing.assert_close
 
 
-def small(kind, size=8, channels=3, classes=5, augment_dim=9, **options):
+def small(kind, size=8, **options):
     """A small network in eval mode whose last layers are not zero, so that everything shows."""
     torch.manual_seed(0)
     if kind == "mlp":
-        net = MLP(2, width=16, classes=classes, **options)
+        net = MLP(2, width=16, classes=5, **options)
     else:
-        options = {**SMALL[kind], "classes": classes, "augment_dim": augment_dim, **options}
-        net = UNet(size, channels, **options)
+        net = UNet(size, 3, **SMALL[kind] | dict(classes=5, augment_dim=9) | options)
     with torch.no_grad():
         for p in net.parameters():
-            p += 0.3 * torch.randn_like(p) / max(p[0].numel(), 1) ** (0 if kind == "mlp" else 0.5)
+            p += 0.3 * torch.randn_like(p) / p[0].numel() ** 0.5
     return net.eval()
 
 
-def batch(kind=None, size=8, channels=3):
+def batch(kind=None, size=8):
     """x, c_noise, labels, augment_labels of 4 images, or points for the MLP."""
     g = generator(0)
-    x = torch.randn(4, 2, generator=g) if kind == "mlp" else torch.randn(
-        4, channels, size, size, generator=g)
+    x = torch.randn((4, 2) if kind == "mlp" else (4, 3, size, size), generator=g)
     return x, torch.linspace(-2, 1.5, 4), torch.arange(4), torch.randn(4, 9, generator=g)
 
 
@@ -351,8 +349,7 @@ def test_dropout_acts_in_training_only():
 def test_a_size_that_does_not_divide_is_one_sentence_and_one_that_does_works():
     with pytest.raises(ValueError, match="^3 levels need a size divisible by 4, not 30$"):
         UNet(30, 3, mult=(1, 2, 2))
-    net = small("ddpmpp", size=30, channels=1)                            # two levels, gray
-    assert net(*batch(size=30, channels=1)).shape == (4, 1, 30, 30)
+    assert small("ddpmpp", size=30)(*batch(size=30)).shape == (4, 3, 30, 30)       # two levels
 
 
 @pytest.mark.parametrize("dim, classes, given", [(2, 0, {}), (64, 5, {"activation": torch.tanh})])

@@ -16,9 +16,9 @@ SHORT = DDPM(beta_1=0.02, beta_T=0.4, T=10).levels
 TAU = sa_tau(SHORT, torch.arange(1, 11), 1, "paper")[0]
 
 
-def window(t, K):
-    """The levels t, t-1, ..., t-K+1, those below the ladder as 1: (K, B) int64."""
-    return (t - torch.arange(K)[:, None]).clamp(min=1)
+def window(ladder, t, K):
+    """The levels t, t-1, ..., t-K+1, those outside the ladder as its ends: (K, B)."""
+    return ladder[(t - torch.arange(K)[:, None]).clamp(1, len(ladder)) - 1]
 
 
 # ---- tau -----------------------------------------------------------------------------------------
@@ -96,12 +96,11 @@ def both_sides(errors, top, K):
 
     eps_hat_s - eps_s = errors[s - 1].  L_sa is sa_loss's, with D = -sigma error around x0 = 0.
     """
-    s = (top - torch.arange(K)[:, None]).clamp(1, 10)                             # (K, B)
     x0, noise = errors.new_zeros(len(top), 4), randn(K, len(top), 4)
 
     def denoise(x, sigma):
         return -sigma * errors[(sigma - SHORT).abs().argmin(1)]
-    L_sa = sa_loss(denoise, x0, noise, shaped(SHORT[s - 1], x0), torch.zeros_like,
+    L_sa = sa_loss(denoise, x0, noise, shaped(window(SHORT, top, K), x0), torch.zeros_like,
                    shaped(sa_tau(SHORT, top, K, "paper"), x0)).mean()
     gaps = TAU[:, None] * errors
     return (gaps[1:] ** 2).mean(), L_sa, (gaps.sum(0) ** 2).mean()
@@ -154,7 +153,7 @@ def test_sa_loss_is_the_published_form():
 
     def denoise(x, sigma):
         return x - sigma * eps_network(x / (1 + sigma ** 2).sqrt())
-    got = sa_loss(denoise, x0, noise, shaped(LINEAR[window(t, K) - 1], x0), constant_weight,
+    got = sa_loss(denoise, x0, noise, shaped(window(LINEAR, t, K), x0), constant_weight,
                   shaped(tau, x0), lam)
     assert got.shape == (6,)
     for b in range(6):
@@ -175,7 +174,7 @@ def test_path_noise_is_normal_at_each_level_and_correlated_as_a_forward_path():
     Levels below the ladder repeat level 1: no step, the same noise.
     """
     t, K = torch.tensor([2, 50, 900]), 5
-    sigma = LINEAR[window(t, K) - 1]                                              # (K, 3)
+    sigma = window(LINEAR, t, K)                                              # (K, 3)
     unit = torch.eye(K).double()[:, None].expand(K, 3, K)
     M = path_noise(unit, sigma[..., None]).transpose(0, 1)                        # (3, K, K)
     ratio = (sigma[:, None] / sigma).permute(2, 0, 1)
@@ -196,13 +195,13 @@ def mean_gradient(c, K, lam, path):
     t = torch.arange(1, 1001).repeat_interleave(signs.shape[1])                   # (B,)
     x0, noise = signs.repeat(1, 1000)[..., None].split([1, K])
     x0, c = x0[0], c.clone().requires_grad_()                                     # (B, 1)
-    sigma = shaped(LINEAR[window(t, K) - 1], x0)
+    sigma = shaped(window(LINEAR, t, K), x0)
     noise = path_noise(noise, sigma) if path else noise
 
     def denoise(x, sigma):
         return x - sigma * c[torch.searchsorted(LINEAR, sigma)] * x
-    loss = sa_loss(denoise, x0, noise, sigma, constant_weight, shaped(sa_tau(LINEAR, t, K), x0),
-                   lam)
+    tau = shaped(sa_tau(LINEAR, t, K), x0)
+    loss = sa_loss(denoise, x0, noise, sigma, constant_weight, tau, lam)
     return torch.autograd.grad(loss.sum() / signs.shape[1], c)[0]
 
 
