@@ -172,28 +172,26 @@ def test_any_draw_stays_finite_near_the_hull_and_is_linear_in_the_images():
 
 MIXED = torch.cat([parameters(), parameters(a0=1), parameters(a0=1, a1=1), drawn(3, 8),
                    parameters(a3=0.5), parameters(a6=0.3, a7=0.1)])                # (8, 8)
-CLASSES = torch.arange(24) % 3
 
 
-@pytest.mark.parametrize("kind, labels, classes", [
-    ("plain float32", None, None), ("conditional uint8", CLASSES[:8], CLASSES)])
-def test_augmented_stf_target_is_stf_target_of_each_samples_own_augmented_references(kind, labels,
-                                                                                     classes):
+@pytest.mark.parametrize("conditional", [False, True])
+def test_augmented_stf_target_is_stf_target_of_each_samples_own_augmented_references(conditional):
     """One chunk of them at a time is in floating point.  So the target is unbiased for every n, as
     stf_target is, given a.
     """
-    reference, bound = 0.3 * randn(24, 3, 8, 8, seed=9).float(), 2e-5
-    given = reference
-    if kind == "conditional uint8":
-        given, bound = ((given.clamp(-1, 1) + 1) * 127.5).round().byte(), 1e-9
-        reference = (given.float() / 127.5 - 1).double()
+    given = reference = 0.3 * randn(24, 3, 8, 8, seed=9).float()
+    bound, labels, classes = 2e-5, None, None
+    if conditional:                                                 # and uint8
+        given, bound = ((reference.clamp(-1, 1) + 1) * 127.5).round().byte(), 1e-9
+        reference, classes = (given.float() / 127.5 - 1).double(), torch.arange(24) % 3
+        labels = classes[:8]
     for sigma in (0.05, 1.0, 20.0):
         s = (sigma * torch.linspace(0.5, 2, 8)).view(8, 1, 1, 1).to(reference)
         x = augment(reference[:8], MIXED) + s * randn(8, 3, 8, 8, seed=10).to(reference)
         want = []
         for i in range(8):
             y = augment(reference, MIXED[[i]].expand(24, 8))
-            own = None if labels is None else labels[[i]]
+            own = labels[[i]] if conditional else None
             want.append(stf_target(x[[i]], s[[i]], y, own, classes))
         want = torch.cat(want)
         with Largest() as largest:
