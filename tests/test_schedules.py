@@ -41,15 +41,11 @@ def test_sigma_and_s_are_the_tables_formulas():
 
 def test_vp_in_float32_is_exact_near_0_where_the_naive_formula_loses_percents():
     t = torch.logspace(-5, -3, 200)
-    exact = VP().sigma(t.double())
-
-    def error(value, truth):
-        return (value.double() / truth - 1).abs().max()
-
-    assert error(((19.9 * t ** 2 / 2 + 0.1 * t).exp() - 1).sqrt(), exact) > 0.01
-    assert error(VP().sigma(t), exact) < 1e-5
-    assert error(VP().sigma_inv(exact.float()), t.double()) < 1e-5
-    assert error(VP().dsigma(t), VP().dsigma(t.double())) < 1e-5
+    exact, naive = VP().sigma(t.double()), ((19.9 * t ** 2 / 2 + 0.1 * t).exp() - 1).sqrt()
+    assert (naive / exact - 1).abs().max() > 0.01
+    close(VP().sigma(t).double(), exact, rtol=1e-5)
+    close(VP().sigma_inv(exact.float()).double(), t.double(), rtol=1e-5)
+    close(VP().dsigma(t).double(), VP().dsigma(t.double()), rtol=1e-5)
 
 
 # ---- Time steps ----------------------------------------------------------------------------------
