@@ -1,6 +1,4 @@
-"""EDM's augmentation against plane waves, whose every transform is known, and 3x3 matrices; and
-stable targets of augmented data.
-"""
+"""EDM's augmentation against plane waves, whose every transform is known; its stable targets."""
 
 import math
 

@@ -1,8 +1,4 @@
-"""Losses against the truth: finite sets and Gaussians, whose posterior is known in closed form.
-
-Where a claim is about an average over batches of two or three points, the batches are all summed
-over; where it is about noise, it is tested in standard errors with a fixed seed.
-"""
+"""Losses against the truth: finite sets and Gaussians, whose posterior is known in closed form."""
 
 import itertools
 import math
@@ -111,7 +107,7 @@ def test_every_loss_calls_the_network_once_with_all_its_copies():
     assert calls == [4, 4, 8, 12, 8, 8, 8]
 
 
-# ---- Stable target fields: values ----------------------------------------------------------------
+# ---- Stable target fields ------------------------------------------------------------------------
 
 def direct_weights(x, sigma, reference):
     """softmax_k(-|x - y_k|^2 / 2 sigma^2) by the (B, n, d) broadcast, in float64."""
@@ -191,8 +187,6 @@ def test_stf_sec_4_target_in_each_kernels_own_frame_is_the_target_at_x_over_s_an
         w = torch.cat([direct_weights(x_t[[i]], std[[i]], a[i] * reference) for i in range(20)])
         close(stf_target(x, sigma, reference), w @ reference, rtol=1e-7)
 
-
-# ---- Stable target fields: classes, gradients, memory --------------------------------------------
 
 def test_stf_labels_average_over_the_own_class_only():
     """In any chunks, of which some hold no reference of a class.  NaN where no chunk does."""

@@ -209,7 +209,7 @@ def test_forward_is_that_of_the_published_network(kind, size):
     close(got, published(kind, scale, net.state_dict(), *args), rtol=1e-5, atol=1e-6)
 
 
-# ---- Layers --------------------------------------------------------------------------------------
+# ---- Layers and their first weights --------------------------------------------------------------
 
 def test_fourier_features_have_scale_16_and_no_gradient():
     torch.manual_seed(0)
@@ -221,8 +221,6 @@ def test_group_norm_group_counts():
     for channels, groups in ((4, 1), (16, 4), (48, 12), (128, 32), (256, 32), (132, 22), (100, 25)):
         assert GroupNorm(channels, 1e-6).num_groups == groups
 
-
-# ---- Initialisation ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, bounds", [
     # Xavier uniform, +-g sqrt(6/(fan_in + fan_out)), g = 1e-5 in last layers, sqrt(.2) in qkv
@@ -312,7 +310,7 @@ def test_gradients_reach_every_parameter(kind):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
 
 
-# ---- Labels, dropout -----------------------------------------------------------------------------
+# ---- Labels, dropout, sizes ----------------------------------------------------------------------
 
 @every_kind_and_mlp
 def test_no_labels_are_those_of_no_class_and_no_augmentation_and_classes_matter(kind):
@@ -343,8 +341,6 @@ def test_dropout_acts_in_training_only():
     net.train()
     assert not torch.allclose(net(*args), net(*args))
 
-
-# ---- Sizes ---------------------------------------------------------------------------------------
 
 def test_a_size_that_does_not_divide_is_one_sentence_and_one_that_does_works():
     with pytest.raises(ValueError, match="^3 levels need a size divisible by 4, not 30$"):

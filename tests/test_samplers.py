@@ -161,7 +161,7 @@ def test_without_noise_stochastic_samplers_are_euler_or_heun_and_draw_none():
         close(edm_stochastic(mixture_denoise, x, t, in_turn([]), **settings), second)
 
 
-# ---- EDM's stochastic sampler --------------------------------------------------------------------
+# ---- Stochastic ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("S_churn, gamma, window", [(4, 0.4, (0.5, 8)), (99, 2 ** 0.5 - 1, ())])
 def test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped(S_churn, gamma, window):
@@ -189,8 +189,6 @@ def test_churn_keeps_the_gaussian_marginal_in_exact_covariance():
                     for N in (40, 120))
     assert fine < 0.015 and fine < coarse / 5         # near second order: 3^2 = 9
 
-
-# ---- The reverse SDE -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler, settings", [
     (euler_maruyama, dict(beta=0.3)), (euler_maruyama, dict(beta=3.0)),
@@ -222,8 +220,6 @@ def test_euler_maruyama_has_strong_order_1_for_its_noise_is_additive():
         assert abs((coarse / fine).log2() - 1) < 0.05                # measured 1.005 to 1.033
 
 
-# ---- Seeded noise --------------------------------------------------------------------------------
-
 def test_row_i_of_seeded_noise_depends_on_seed_i_alone_and_is_normal_at_every_call():
     draw = seeded_noise(range(100), (5, 10), dtype=torch.float64)
     z = torch.stack([draw() for _ in range(4)])                      # (4 calls, 100, 5, 10)
@@ -236,19 +232,6 @@ def test_row_i_of_seeded_noise_depends_on_seed_i_alone_and_is_normal_at_every_ca
 
 
 # ---- Runge-Kutta ---------------------------------------------------------------------------------
-
-def tableau():
-    """a (7, 7), b, b_hat, c of dormand_prince, read off by stages whose slopes are unit vectors."""
-    a, c, unit = [], [], torch.eye(7, dtype=torch.float64)
-
-    def slope(x, t):
-        a.append(x), c.append(t)
-        return unit[len(a)]
-
-    b, error, last = dormand_prince(slope, 0 * unit[0], tensor(0)[0], tensor(1)[0], unit[0])
-    assert len(a) == 6 and last.argmax() == 6                        # six calls, and k_7 comes back
-    return torch.stack([0 * b, *a]), b, b - error, torch.stack([tensor(0)[0], *c])
-
 
 def trees(n):
     """The rooted trees with n nodes, each the sorted tuple of its branches."""
@@ -269,7 +252,16 @@ def density(tree):
 def test_dormand_prince_meets_the_17_conditions_of_order_5_and_the_8_of_order_4():
     # Butcher's theorem: order p holds if sum_i b_i g_i(tree) = 1/density(tree) for each rooted
     # tree of at most p nodes, where g_i = prod over the branches of sum_j a_ij g_j(branch).
-    a, b, b_hat, c = tableau()
+    # Stages whose slopes are unit vectors give a (7, 7), b and c.
+    a, c, unit = [], [], torch.eye(7, dtype=torch.float64)
+
+    def slope(x, t):
+        a.append(x), c.append(t)
+        return unit[len(a)]
+
+    b, error, last = dormand_prince(slope, 0 * unit[0], tensor(0)[0], tensor(1)[0], unit[0])
+    assert len(a) == 6 and last.argmax() == 6                        # six calls, and k_7 comes back
+    a = torch.stack([0 * b, *a])
 
     def g(tree):
         value = torch.ones(7, dtype=torch.float64)
@@ -278,13 +270,13 @@ def test_dormand_prince_meets_the_17_conditions_of_order_5_and_the_8_of_order_4(
         return value
 
     assert [len(trees(n)) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
-    for weights, order in ((b, 5), (b_hat, 4)):
+    for weights, order in ((b, 5), (b - error, 4)):
         for n in range(1, order + 1):
             for tree in trees(n):
                 assert weights @ g(tree) == pytest.approx(1 / density(tree), abs=1e-14), tree
         beyond = [abs(weights @ g(tree) - 1 / density(tree)) for tree in trees(order + 1)]
         assert max(beyond) > 1e-4                                    # and no higher
-    close(a.sum(1), c, atol=1e-15)
+    close(a.sum(1)[1:], torch.stack(c), atol=1e-15)
     close(a[6], b, rtol=0, atol=0)                                   # first same as last
 
 
@@ -476,20 +468,16 @@ def test_analytic_covariance_looks_its_table_up_in_log_sigma():
 
 
 def test_the_cap_holds_the_noise_of_the_last_noisy_step_to_y_grey_levels():
-    def states(sigma, cap):                      # D = 0, from x = 0 under noise 1
-        seen, zero = [], torch.zeros(1, 2, dtype=torch.float64)
-        ddpm(lambda x, s: 0 * x, zero, sigma, lambda: zero + 1, "beta", cap,
-             lambda i, x: seen.append(x))
-        return torch.stack(seen)
+    def total(sigma, cap):                       # of all noises, each times 1; D = x keeps x
+        zero = torch.zeros(1, 2, dtype=torch.float64)
+        return ddpm(lambda x, s: x, zero, sigma, lambda: zero + 1, "beta", cap)
 
     for sigma in (LADDER, torch.cat([LADDER, 0 * LADDER[:1]])):
-        capped = states(sigma, 2)
-        close(capped[:4], states(sigma, None)[:4])                   # no other step
-        noise = capped[4] - (0.1 / 0.4) ** 2 * capped[3]             # its deviation; E|noise| is
-        grey = (2 / math.pi) ** 0.5 * noise / (2 / 255)              # sqrt(2/pi) times that
+        deviation = total(sigma, 2) - total(LADDER[:-1], None)       # no other step has a cap
+        grey = (2 / math.pi) ** 0.5 * deviation / (2 / 255)          # E|noise| of N(0, deviation^2)
         close(grey / (1 + 0.1 ** 2) ** 0.5, 2)                       # in the scaled frame
     gentle = tensor(0.101, 0.1)                                      # sd .014: 1.4 grey levels
-    free, one, two = (states(gentle, cap) for cap in (None, 1, 2))
+    free, one, two = (total(gentle, cap) for cap in (None, 1, 2))
     assert torch.equal(free, two) and (one < free).all()
 
 

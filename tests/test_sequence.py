@@ -1,6 +1,4 @@
-"""The sequence-aware loss against its paper's two theorems and, on Gaussian data, its exact
-minimiser.
-"""
+"""The sequence-aware loss against its paper's theorems and its minimiser on Gaussian data."""
 
 import pytest
 import torch
@@ -45,7 +43,7 @@ def test_sa_tau_unit_is_one_on_the_ladder_and_zero_outside_and_another_name_is_r
         sa_tau(LINEAR, torch.tensor([5]), 2, "exact")
 
 
-# ---- Theorem 1 -----------------------------------------------------------------------------------
+# ---- The theorems --------------------------------------------------------------------------------
 
 def test_sa_theorem_1_gap_is_the_difference_of_two_trajectories_at_x_1():
     """d = sum_i tau_i (eps_hat_i - eps_i) is the true reverse process's x_1 less the model's.
@@ -83,8 +81,6 @@ def test_sa_theorem_1_gap_is_the_difference_of_two_trajectories_at_x_1():
     same = gaps(lambda x, i: (x - x0) / SHORT[i - 1] + 0.1 * i)     # errors blind to the state
     close(same[1], same[3])
 
-
-# ---- Theorem 2 -----------------------------------------------------------------------------------
 
 def random_errors(seed):
     """(10, 4), of the size of 1/tau, so that no level outweighs the others in the gap."""

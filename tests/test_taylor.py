@@ -1,8 +1,4 @@
-"""Taylor control variates: exact proofs, and how much variance they take away.
-
-The mean over a design of noises and the slope of a remainder are exact, without chance.  The
-variance of per-sample gradients is a ratio to that of plain DSM's.
-"""
+"""Taylor control variates: exact proofs, and how much variance they take away."""
 
 import itertools
 import math
@@ -56,7 +52,7 @@ def design_terms(net, schedule, order):
 
 def flat_gradient(value, net):
     """The gradient of a scalar in all of net's parameters, zero for those it does not depend on."""
-    g = torch.autograd.grad(value, list(net.parameters()), retain_graph=True, materialize_grads=True)
+    g = torch.autograd.grad(value, [*net.parameters()], retain_graph=True, materialize_grads=True)
     return torch.cat([part.flatten() for part in g])
 
 
