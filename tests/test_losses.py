@@ -164,7 +164,7 @@ def test_stf_n_1_is_dsm_bit_for_bit():
 
 def test_stf_target_on_a_whole_finite_set_is_the_exact_posterior_mean_and_has_no_gradient():
     """By Tweedie's formula, E[x0 | x] = x + sigma^2 grad log p_t(x), with p_t differentiated."""
-    data, x = points(24), (2 * randn(50, 2, seed=9)).requires_grad_()
+    data, x = points(24).requires_grad_(), (2 * randn(50, 2, seed=9)).requires_grad_()
     sigma = 0.05 * (100 ** (torch.arange(50)[:, None] / 49)).double()
     log_p = (-((x[:, None] - data) ** 2).sum(2) / (2 * sigma ** 2)).logsumexp(1)
     score, = torch.autograd.grad(log_p.sum(), x)
