@@ -80,7 +80,8 @@ def gradients(loss, denoise, x0, noise, sigma, *rest):
 
 # ---- Gaussian data -------------------------------------------------------------------------------
 
-# N(mu, C), C = Q diag(VAR) Q': a full matrix finds out who treats the coordinates one by one.
+# N(MU, C), C = Q diag(VAR) Q': a full matrix shows an error that mixes up the coordinates, or
+# treats them one by one.
 
 MU, VAR = tensor(0.3, -0.5), tensor(0.25, 1.5)
 Q = tensor([0.8, -0.6], [0.6, 0.8])

@@ -314,8 +314,7 @@ def test_stf_theorem_1_target_is_asymptotically_normal():
         target = torch.cat([stf_target(x, sigma, (torch.arange(n)[:, None] < k).double())
                             for k in range(n + 1)], 1)                      # (3, n + 1)
         k = torch.arange(n, dtype=torch.float64)                            # ones among the others
-        p = math.lgamma(n) - torch.lgamma(k + 1) - torch.lgamma(n - k)
-        p = (p - (n - 1) * math.log(2)).exp()
+        p = torch.distributions.Binomial(n - 1, tensor(0.5)).log_prob(k).exp()
         zero, one = F.pad(p, (0, 1)), F.pad(p, (1, 0))                      # by the source's value
         p = (1 - r) * zero + r * one                                        # (3, n + 1)
         mean = (p * target).sum(1, keepdim=True)

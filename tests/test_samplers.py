@@ -128,7 +128,7 @@ def test_order_of_convergence_is_1_for_euler_and_2_for_heun(row, solver, order):
         t, noise = row.time_steps(N)[:-1], randn(4, 2)
         first, last = row.sigma(t[[0, -1]])
         x = solver(gaussian_denoise, start(row, t[0], noise), t, row)
-        # along each eigenvector the flow scales x0 + sigma noise as its deviation
+        # the flow scales x - mu along each eigenvector of C as the standard deviation there
         scale = ((VAR + last ** 2) / (VAR + first ** 2)).sqrt()
         exact = MU + (first * noise - MU) @ Q * scale @ Q.T
         return (x / row.s(t[-1]) - exact).abs().max()
@@ -468,7 +468,7 @@ def test_analytic_covariance_looks_its_table_up_in_log_sigma():
 
 
 def test_the_cap_holds_the_noise_of_the_last_noisy_step_to_y_grey_levels():
-    def total(sigma, cap):                       # of all noises, each times 1; D = x keeps x
+    def total(sigma, cap):                       # of all deviations: D = x keeps x, noise is 1
         zero = torch.zeros(1, 2, dtype=torch.float64)
         return ddpm(lambda x, s: x, zero, sigma, lambda: zero + 1, "beta", cap)
 

@@ -149,19 +149,14 @@ def test_sa_loss_is_the_published_form():
 
     def denoise(x, sigma):
         return x - sigma * eps_network(x / (1 + sigma ** 2).sqrt())
-    got = sa_loss(denoise, x0, noise, shaped(window(LINEAR, t, K), x0), constant_weight,
-                  shaped(tau, x0), lam)
-    assert got.shape == (6,)
-    for b in range(6):
-        gap, simple = torch.zeros(3, 4, 4).double(), None
-        for k in range(min(K, t[b].item())):
-            level = t[b].item() - k
-            ab = 1 / (1 + LINEAR[level - 1] ** 2)
-            x = ab.sqrt() * x0[b] + (1 - ab).sqrt() * noise[k, b]
-            error = noise[k, b] - eps_network(x)
-            gap, simple = gap + tau[k, b] * error, (error ** 2).sum() if k == 0 else simple
-        want = simple + lam * (gap ** 2).sum() / K ** 2
-        assert got[b].item() * 48 == pytest.approx(want.item(), rel=1e-9)
+    sigma = shaped(window(LINEAR, t, K), x0)                                      # (K, 6, 1, 1, 1)
+    got = sa_loss(denoise, x0, noise, sigma, constant_weight, shaped(tau, x0), lam)
+    ab = 1 / (1 + sigma ** 2)
+    error = noise - eps_network(ab.sqrt() * x0 + (1 - ab).sqrt() * noise)
+    inside = t - torch.arange(K)[:, None] >= 1
+    gap = (shaped(tau * inside, x0) * error).sum(0)
+    want = (error[0] ** 2).sum((1, 2, 3)) + lam * (gap ** 2).sum((1, 2, 3)) / K ** 2
+    close(got * 48, want)
 
 
 def test_path_noise_is_normal_at_each_level_and_correlated_as_a_forward_path():
