@@ -49,9 +49,7 @@ def small_unet(**options):
 class Largest(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation gives."""
 
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
+    numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -80,26 +78,26 @@ def gradients(loss, denoise, x0, noise, sigma, *rest):
     return torch.autograd.grad(loss.sum(), theta)[0]
 
 
-def largest_z(samples):
-    """How many standard errors the mean of (B, k) samples is from zero, at most over k."""
-    return (samples.mean(0) / samples.std(0) * len(samples) ** 0.5).abs().max().item()
-
-
 # ---- Gaussian data -------------------------------------------------------------------------------
 
-MEAN, VARIANCE = tensor(0.3, -1.0), tensor(1.0, 0.1)
+# N(MU, C), C = Q diag(VAR) Q': a full matrix shows an error that mixes up the coordinates, or
+# treats them one by one.
+
+MU, VAR = tensor(0.3, -0.5), tensor(0.25, 1.5)
+Q = tensor([0.8, -0.6], [0.6, 0.8])
+C = Q * VAR @ Q.T
 
 
-def gaussian_batch(seed, B=40_000):
-    """x0 ~ N(MEAN, VARIANCE), noise, and sigma log-uniform between .1 and 3."""
-    x0 = MEAN + VARIANCE.sqrt() * randn(B, 2, seed=seed)
-    u = torch.rand(B, 1, generator=generator(seed + 1), dtype=torch.float64)
-    return x0, randn(B, 2, seed=seed + 2), 0.1 * 30 ** u
+def gaussian_denoiser(C):
+    """The denoiser E[x0 | x] = mu + C (C + sigma^2 I)^-1 (x - mu) of N(mu, C), a Wiener filter."""
+    variance, Q = torch.linalg.eigh(C)
+
+    def denoise(x, sigma):
+        return MU + (x - MU) @ Q * (variance / (variance + sigma ** 2)) @ Q.T
+    return denoise
 
 
-def gaussian_denoiser(x, sigma):
-    """E[x0 | x], the Wiener filter."""
-    return MEAN + VARIANCE / (VARIANCE + sigma ** 2) * (x - MEAN)
+gaussian_denoise = gaussian_denoiser(C)
 
 
 # ---- Commands of papers/ -------------------------------------------------------------------------

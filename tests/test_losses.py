@@ -1,8 +1,4 @@
-"""Losses against the truth: finite sets and Gaussians, whose posterior is known in closed form.
-
-Where a claim is about an average over batches of two or three points, the batches are all summed
-over; where it is about noise, it is tested in standard errors with a fixed seed.
-"""
+"""Losses against the truth: finite sets and Gaussians, whose posterior is known in closed form."""
 
 import itertools
 import math
@@ -14,23 +10,29 @@ import torch.nn.functional as F
 
 from losses import (antithetic_loss, constant_weight, dsm_loss, head_loss, sa_loss, stf_loss,
                     stf_target, stf_weights, taylor_terms, together)
-from oracles import (VARIANCE, Largest, close, gaussian_batch, gaussian_denoiser, generator,
-                     gradients, largest_z, randn, shaped, small_unet, tensor)
+from oracles import (MU, VAR, C, Largest, Q, close, gaussian_denoise, gaussian_denoiser, generator,
+                     gradients, randn, shaped, small_unet, tensor)
 from schedules import SCHEDULES
 
 SIGMAS = (0.002, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 80.0)
-
-
-def images(n, seed=0):
-    """Smooth fields in [-1, 1]: (n, 3, 32, 32) float32."""
-    coarse = randn(n, 3, 5, 5, seed=seed).float()
-    return F.interpolate(coarse, size=32, mode="bicubic").tanh()
 
 
 def points(n):
     """Eight clusters on a circle: (n, 2)."""
     angle = torch.arange(n) * (2 * math.pi / 8)
     return torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * randn(n, 2)
+
+
+def gaussian_batch(seed, B=40_000):
+    """x0 ~ N(MU, C), noise, and sigma log-uniform between .1 and 3."""
+    x0 = MU + randn(B, 2, seed=seed) * VAR.sqrt() @ Q.T
+    u = torch.rand(B, 1, generator=generator(seed + 1), dtype=torch.float64)
+    return x0, randn(B, 2, seed=seed + 2), 0.1 * 30 ** u
+
+
+def largest_z(samples):
+    """How many standard errors the mean of (B, k) samples is from zero, at most over k."""
+    return (samples.mean(0) / samples.std(0) * len(samples) ** 0.5).abs().max().item()
 
 
 def curved(x, sigma):
@@ -50,14 +52,11 @@ def test_dsm_loss_is_its_formula_by_hand():
 
 def test_dsm_minimiser_is_the_posterior_mean_of_gaussian_data():
     """And the least value of the loss is the posterior's variance."""
-    batch = gaussian_batch(seed=20)
-
-    def wrong(x, sigma):
-        return gaussian_denoiser(x, 1.1 * sigma)
-    assert largest_z(gradients(dsm_loss, gaussian_denoiser, *batch, torch.ones_like)) < 3.5
+    batch, wrong = gaussian_batch(seed=20), gaussian_denoiser(0.8 * C)
+    assert largest_z(gradients(dsm_loss, gaussian_denoise, *batch, torch.ones_like)) < 3.5
     assert largest_z(gradients(dsm_loss, wrong, *batch, torch.ones_like)) > 10
-    least, square = dsm_loss(gaussian_denoiser, *batch, torch.ones_like), batch[2] ** 2
-    variance = (VARIANCE * square / (VARIANCE + square)).mean(1)
+    least, square = dsm_loss(gaussian_denoise, *batch, torch.ones_like), batch[2] ** 2
+    variance = (VAR * square / (VAR + square)).mean(1)
     assert largest_z((least - variance)[:, None]) < 3.5
 
 
@@ -108,7 +107,7 @@ def test_every_loss_calls_the_network_once_with_all_its_copies():
     assert calls == [4, 4, 8, 12, 8, 8, 8]
 
 
-# ---- Stable target fields: values ----------------------------------------------------------------
+# ---- Stable target fields ------------------------------------------------------------------------
 
 def direct_weights(x, sigma, reference):
     """softmax_k(-|x - y_k|^2 / 2 sigma^2) by the (B, n, d) broadcast, in float64."""
@@ -121,38 +120,34 @@ def direct(x, sigma, reference):
     return torch.einsum("bk,k...->b...", w, reference.double())
 
 
-def error(got, want):
-    """The largest relative error of a sample, in norm."""
-    got, want = got.double().flatten(1), want.double().flatten(1)
-    return ((got - want).norm(dim=1) / want.norm(dim=1)).max().item()
-
-
 def test_stf_eq_5_target_is_the_direct_softmax_at_every_sigma():
     """In any chunks; each sample has its own sigma."""
-    reference = images(65)
+    reference = randn(65, 3, 8, 8).float()
     x0 = reference[:8]
     sigma = shaped(SIGMAS, x0)
     x = x0 + sigma * randn(*x0.shape, seed=3).float()
     weights, want = direct_weights(x, sigma, reference), direct(x, sigma, reference)
     for chunk in (1, 7, 1000):
         got = stf_target(x, sigma, reference, chunk=chunk)
-        assert got.shape == x.shape and got.dtype == x.dtype and error(got, want) < 1e-5
+        assert got.dtype == x.dtype
+        close(got.double(), want, rtol=1e-6, atol=1e-7)
         close(stf_weights(x, sigma, reference, chunk=chunk), weights, rtol=1e-6, atol=1e-9)
 
 
 def test_stf_target_is_exact_between_near_duplicates_and_does_not_heed_autocast():
     """32 rows at distance sigma from one: the weights are mixed, and every digit of them shows."""
-    base, away = images(1, seed=14), randn(31, 3, 32, 32, seed=11).float()
+    base, away = randn(1, 3, 8, 8, seed=14).float(), randn(31, 3, 8, 8, seed=11).float()
     away = away / away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     for sigma in SIGMAS:
-        reference = torch.cat([images(32, seed=12), base, base + sigma * away])
+        reference = torch.cat([randn(32, 3, 8, 8, seed=12).float(), base, base + sigma * away])
         s = shaped([sigma], base)
         x = base + s * randn(*base.shape, seed=15).float()
         w, want = direct_weights(x, s, reference), direct(x, s, reference)
         assert 3 < 1 / (w ** 2).sum() < 60
         got = stf_target(x, s, reference)
         double = stf_target(x.double(), s.double(), reference.double())
-        assert error(got, want) < 1e-5 and (double - want).norm() < 1e-6 * sigma
+        close(got.double(), want, rtol=1e-6, atol=1e-7)
+        assert (double - want).norm() < 1e-6 * sigma
         with torch.autocast("cpu", torch.bfloat16):
             assert (x.flatten(1) @ x.flatten(1).T).dtype == torch.bfloat16       # it is active
             assert torch.equal(stf_target(x, s, reference), got)
@@ -160,31 +155,22 @@ def test_stf_target_is_exact_between_near_duplicates_and_does_not_heed_autocast(
 
 def test_stf_n_1_is_dsm_bit_for_bit():
     """STF sec. 4: "When n = 1, STF reduces to the vanilla denoising score-matching"."""
-    x0 = images(1)
-    noise = randn(*x0.shape, seed=8).float()
+    x0, noise = randn(2, 1, 3, 8, 8).float()
     target = partial(stf_target, reference=x0)
     for sigma in SIGMAS:
         batch = curved, x0, noise, shaped([sigma], x0), constant_weight
         assert torch.equal(stf_loss(*batch, target), dsm_loss(*batch))
 
 
-def test_stf_whole_finite_set_is_the_exact_posterior_mean():
+def test_stf_target_on_a_whole_finite_set_is_the_exact_posterior_mean_and_has_no_gradient():
     """By Tweedie's formula, E[x0 | x] = x + sigma^2 grad log p_t(x), with p_t differentiated."""
-    data, x = points(24), (2 * randn(50, 2, seed=9)).requires_grad_()
+    data, x = points(24).requires_grad_(), (2 * randn(50, 2, seed=9)).requires_grad_()
     sigma = 0.05 * (100 ** (torch.arange(50)[:, None] / 49)).double()
     log_p = (-((x[:, None] - data) ** 2).sum(2) / (2 * sigma ** 2)).logsumexp(1)
     score, = torch.autograd.grad(log_p.sum(), x)
-    x = x.detach()
-    close(stf_target(x, sigma, data), x + sigma ** 2 * score, atol=1e-9)
-
-
-def test_stf_target_of_far_and_near_noise():
-    """The limits: the nearest row as sigma -> 0, the mean of the references as it grows."""
-    reference = images(32)
-    x0 = reference[:4]
-    close(stf_target(x0, shaped([0.01] * 4, x0), reference), x0, rtol=0, atol=1e-6)
-    far = stf_target(x0, shaped([1e5] * 4, x0), reference)
-    close(far, reference.mean(0).expand(4, -1, -1, -1), rtol=0, atol=1e-5)
+    got = stf_target(x, sigma, data)
+    close(got, x + sigma ** 2 * score, atol=1e-9)
+    assert not got.requires_grad
 
 
 def test_stf_sec_4_target_in_each_kernels_own_frame_is_the_target_at_x_over_s_and_sigma():
@@ -202,20 +188,19 @@ def test_stf_sec_4_target_in_each_kernels_own_frame_is_the_target_at_x_over_s_an
         close(stf_target(x, sigma, reference), w @ reference, rtol=1e-7)
 
 
-# ---- Stable target fields: classes, gradients, memory --------------------------------------------
-
 def test_stf_labels_average_over_the_own_class_only():
     """In any chunks, of which some hold no reference of a class.  NaN where no chunk does."""
-    reference, classes = images(48), torch.arange(48) // 16
+    reference, classes = randn(48, 3, 8, 8).float(), torch.arange(48) // 16
     x0, labels = reference[::5], classes[::5]
     sigma = shaped([0.5 + 2 * i for i in range(10)], x0)
-    x = x0 + sigma * randn(10, 3, 32, 32, seed=16).float()
+    x = x0 + sigma * randn(10, 3, 8, 8, seed=16).float()
     want = torch.cat([direct(x[[i]], sigma[[i]], reference[classes == labels[i]])
                       for i in range(10)])
-    assert error(stf_target(x, sigma, reference), want) > 0.1                # the classes do matter
+    plain = stf_target(x, sigma, reference)
+    assert ((plain - want).flatten(1).norm(dim=1) > 0.1).any()               # the classes do matter
     for chunk in (5, 1000):
         got = stf_target(x, sigma, reference, labels, classes, chunk=chunk)
-        assert error(got, want) < 1e-5
+        close(got.double(), want, rtol=1e-6, atol=1e-7)
     got = stf_target(x[:2], sigma[:2], reference, torch.tensor([0, 7]), classes)
     assert got[0].isfinite().all() and got[1].isnan().all()
 
@@ -227,15 +212,7 @@ def test_stf_target_makes_tensors_of_B_n_and_chunk_d_but_never_of_B_n_d():
     x, labels = randn(B, d, seed=18), torch.arange(n) % 2
     with Largest() as largest:
         stf_target(x, x.new_ones(B, 1), reference, labels[:B], labels, chunk=chunk)
-    assert largest.numel <= B * n < n * d
-    with Largest() as largest:
-        direct(x, x.new_ones(B, 1), reference)
-    assert largest.numel == B * n * d                                # the instrument sees it
-
-
-def test_stf_target_has_no_gradient():
-    x = points(4).requires_grad_()
-    assert not stf_target(x, torch.ones_like(x[:, :1]), x).requires_grad
+    assert largest.numel == B * n < n * d
 
 
 def test_stf_algorithm_1_minibatch_is_part_of_the_reference():
@@ -337,8 +314,7 @@ def test_stf_theorem_1_target_is_asymptotically_normal():
         target = torch.cat([stf_target(x, sigma, (torch.arange(n)[:, None] < k).double())
                             for k in range(n + 1)], 1)                      # (3, n + 1)
         k = torch.arange(n, dtype=torch.float64)                            # ones among the others
-        p = math.lgamma(n) - torch.lgamma(k + 1) - torch.lgamma(n - k)
-        p = (p - (n - 1) * math.log(2)).exp()
+        p = torch.distributions.Binomial(n - 1, tensor(0.5)).log_prob(k).exp()
         zero, one = F.pad(p, (0, 1)), F.pad(p, (1, 0))                      # by the source's value
         p = (1 - r) * zero + r * one                                        # (3, n + 1)
         mean = (p * target).sum(1, keepdim=True)
@@ -355,22 +331,22 @@ def test_stf_theorem_1_target_is_asymptotically_normal():
 
 @pytest.mark.parametrize("kind", ["sn", "npr"])
 def test_head_minimiser_is_the_conditional_second_moment_of_gaussian_data(kind):
-    """E[eps^2 | x] = eps_hat^2 + v/(v + sigma^2), and the second term alone is NPR's.
+    """E[eps^2 | x] = eps_hat^2 + diag C (C + sigma^2 I)^-1, and the second term alone is NPR's.
 
     The denoiser is not trained by it.
     """
     batch, gain = gaussian_batch(seed=70), torch.ones(1).double().requires_grad_()
 
     def head(x, s):
-        spread = VARIANCE / (VARIANCE + s ** 2)
-        return spread + ((x - gaussian_denoiser(x, s)) / s) ** 2 if kind == "sn" else spread
+        spread = VAR / (VAR + s ** 2) @ (Q ** 2).T
+        return spread + ((x - gaussian_denoise(x, s)) / s) ** 2 if kind == "sn" else spread
 
     def smaller(x, s):
         return 0.8 * head(x, s)
 
     def loss(h, x0, noise, sigma):
         def with_head(x, s):
-            return gain * gaussian_denoiser(x, s), h(x, s)
+            return gain * gaussian_denoise(x, s), h(x, s)
         return head_loss(with_head, x0, noise, sigma, kind)
 
     assert largest_z(gradients(loss, head, *batch)) < 3.5

@@ -19,25 +19,23 @@ every_kind_and_mlp = pytest.mark.parametrize("kind", [*SMALL, "mlp"])
 close = torch.testing.assert_close
 
 
-def small(kind, size=8, channels=3, classes=5, augment_dim=9, **options):
+def small(kind, size=8, **options):
     """A small network in eval mode whose last layers are not zero, so that everything shows."""
     torch.manual_seed(0)
     if kind == "mlp":
-        net = MLP(2, width=16, classes=classes, **options)
+        net = MLP(2, width=16, classes=5, **options)
     else:
-        options = {**SMALL[kind], "classes": classes, "augment_dim": augment_dim, **options}
-        net = UNet(size, channels, **options)
+        net = UNet(size, 3, **SMALL[kind] | dict(classes=5, augment_dim=9) | options)
     with torch.no_grad():
         for p in net.parameters():
-            p += 0.3 * torch.randn_like(p) / max(p[0].numel(), 1) ** (0 if kind == "mlp" else 0.5)
+            p += 0.3 * torch.randn_like(p) / p[0].numel() ** 0.5
     return net.eval()
 
 
-def batch(kind=None, size=8, channels=3):
+def batch(kind=None, size=8):
     """x, c_noise, labels, augment_labels of 4 images, or points for the MLP."""
     g = generator(0)
-    x = torch.randn(4, 2, generator=g) if kind == "mlp" else torch.randn(
-        4, channels, size, size, generator=g)
+    x = torch.randn((4, 2) if kind == "mlp" else (4, 3, size, size), generator=g)
     return x, torch.linspace(-2, 1.5, 4), torch.arange(4), torch.randn(4, 9, generator=g)
 
 
@@ -211,7 +209,7 @@ def test_forward_is_that_of_the_published_network(kind, size):
     close(got, published(kind, scale, net.state_dict(), *args), rtol=1e-5, atol=1e-6)
 
 
-# ---- Layers --------------------------------------------------------------------------------------
+# ---- Layers and their first weights --------------------------------------------------------------
 
 def test_fourier_features_have_scale_16_and_no_gradient():
     torch.manual_seed(0)
@@ -223,8 +221,6 @@ def test_group_norm_group_counts():
     for channels, groups in ((4, 1), (16, 4), (48, 12), (128, 32), (256, 32), (132, 22), (100, 25)):
         assert GroupNorm(channels, 1e-6).num_groups == groups
 
-
-# ---- Initialisation ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, bounds", [
     # Xavier uniform, +-g sqrt(6/(fan_in + fan_out)), g = 1e-5 in last layers, sqrt(.2) in qkv
@@ -256,21 +252,24 @@ def test_initial_weights_with_last_layers_that_are_nearly_zero(kind, bounds):
 
 @pytest.mark.parametrize("row", SCHEDULES)
 def test_denoiser_is_edm_eq_7_for_every_schedule(row):
-    """D = c_skip x + c_out F(c_in x; c_noise), sigma 0-d or one per sample."""
-    given, schedule, x = [], SCHEDULES[row](), 2 * batch()[0]
+    """D = c_skip x + c_out F(c_in x; c_noise), sigma 0-d or one per sample; float32 for bf16."""
+    given, schedule, images = [], SCHEDULES[row](), 2 * batch()[0]
 
     def model(x, c_noise, *labels):
         given[:] = x, c_noise
         return x.tanh() + shaped(c_noise, x)
 
-    net, sigma = Denoiser(model, schedule.precondition), shaped([0.05, 0.5, 2.0, 30.0], x)
-    c_skip, c_out, c_in, c_noise = schedule.precondition(sigma)
-    D = net(x, sigma)
-    assert torch.equal(given[0], c_in * x) and torch.equal(given[1], c_noise.view(4))
-    close(D, c_skip * x + c_out * ((c_in * x).tanh() + c_noise))
-    for number in (0.7, torch.tensor(0.7), torch.tensor(0.7, dtype=torch.float64)):
-        assert torch.equal(net(x, number), net(x, shaped([0.7] * 4, x)))
-        assert given[1].shape == (4,)
+    net = Denoiser(model, schedule.precondition)
+    for x in (images, images.double()):
+        sigma = shaped([0.05, 0.5, 2.0, 30.0], x)
+        c_skip, c_out, c_in, c_noise = schedule.precondition(sigma)
+        D = net(x, sigma)
+        assert torch.equal(given[0], c_in * x) and torch.equal(given[1], c_noise.view(4))
+        close(D, c_skip * x + c_out * ((c_in * x).tanh() + c_noise))
+        for number in (0.75, torch.tensor(0.75), torch.tensor(0.75).double()):
+            assert torch.equal(net(x, number), net(x, shaped([0.75] * 4, x)))
+            assert given[1].shape == (4,)
+    assert torch.equal(net(x.bfloat16(), sigma), net(x.bfloat16().float(), sigma))
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "adm", "mlp"])
@@ -303,13 +302,6 @@ def test_under_autocast_or_with_amp_f_runs_in_bf16_and_the_arithmetic_around_it_
         assert ((got - want) / c_out).norm() < 0.05 * ((want - c_skip * x) / c_out).norm()
 
 
-def test_denoiser_gives_float32_for_bf16_and_float64_for_float64():
-    x, sigma, net = batch()[0], torch.tensor(0.5), Denoiser(small("ncsnpp"), EDM().precondition)
-    want = net(x, sigma)
-    close(net(x.bfloat16(), sigma), net(x.bfloat16().float(), sigma))
-    close(net.double()(x.double(), sigma), want.double(), rtol=1e-3, atol=1e-4)
-
-
 @every_kind_and_mlp
 def test_gradients_reach_every_parameter(kind):
     net = small(kind)
@@ -318,21 +310,15 @@ def test_gradients_reach_every_parameter(kind):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
 
 
-# ---- Labels, dropout -----------------------------------------------------------------------------
+# ---- Labels, dropout, sizes ----------------------------------------------------------------------
 
 @every_kind_and_mlp
-def test_labels_none_and_minus_1_are_no_class_and_classes_matter(kind):
+def test_no_labels_are_those_of_no_class_and_no_augmentation_and_classes_matter(kind):
     net, (x, c_noise, _, _) = small(kind), batch(kind)
     none = net(x, c_noise)
-    assert torch.equal(net(x, c_noise, torch.full((4,), -1)), none)
+    assert torch.equal(net(x, c_noise, torch.full((4,), -1), torch.zeros(4, 9)), none)
     change = (net(x, c_noise, torch.tensor([2, -1, 0, 4])) - none).flatten(1).norm(dim=1)
     assert (change > 1e-3).tolist() == [True, False, True, True]
-
-
-def test_augment_labels_none_are_zeros_and_a_network_without_the_layer_ignores_them():
-    net, plain, (x, c_noise, _, augment) = small("adm"), small("adm", augment_dim=0), batch()
-    close(net(x, c_noise, None, torch.zeros(4, 9)), net(x, c_noise))
-    assert torch.equal(plain(x, c_noise, None, augment), plain(x, c_noise))
 
 
 def test_label_dropout_drops_its_share_in_training_only():
@@ -356,13 +342,10 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(net(*args), net(*args))
 
 
-# ---- Sizes ---------------------------------------------------------------------------------------
-
 def test_a_size_that_does_not_divide_is_one_sentence_and_one_that_does_works():
     with pytest.raises(ValueError, match="^3 levels need a size divisible by 4, not 30$"):
         UNet(30, 3, mult=(1, 2, 2))
-    net = small("ddpmpp", size=30, channels=1)                            # two levels, gray
-    assert net(*batch(size=30, channels=1)).shape == (4, 1, 30, 30)
+    assert small("ddpmpp", size=30)(*batch(size=30)).shape == (4, 3, 30, 30)       # two levels
 
 
 @pytest.mark.parametrize("dim, classes, given", [(2, 0, {}), (64, 5, {"activation": torch.tanh})])

@@ -46,8 +46,5 @@ def test_d_of_the_true_target_is_x0():
         c_skip, c_out = coefficients[:2]
         close(c_skip * (x0 + SIGMA * eps) + c_out * target, x0, atol=1e-9)
         close(c_out ** 2, w)
-
-
-def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match="'flow' is none of eps, x0, v"):
         target_coefficients("flow", SIGMA)
