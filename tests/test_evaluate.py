@@ -263,10 +263,9 @@ def test_a_picture_shows_every_image_unchanged(run, capsys):
     assert (page == grid(x).repeat(8, 0).repeat(8, 1)).all()           # zoomed to cells of 64x64
 
 
-def test_samples_are_saved_from_minus_1_to_1_as_0_to_255_and_clipped(run, monkeypatch):
-    levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5, 0.0, 0.0]).expand(1, 3, 8, 8)
-    monkeypatch.setattr(evaluate, "drawn", lambda *given, **how: [levels, levels])
-    assert draw(run, "--num", 2)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 191, 128, 128]
+def test_samples_from_minus_1_to_1_are_saved_as_0_to_255_and_clipped():
+    levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).expand(1, 3, 1, 6)
+    assert evaluate.to_uint8(levels)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 191]
 
 
 def test_names_of_pictures_tell_their_choices_apart(run, monkeypatch, capsys):
@@ -336,32 +335,6 @@ def test_real_statistics_and_their_floor():
     parts = moments(x[order[:500]]), moments(x[order[500:]])
     assert real["floor"] == pytest.approx(frechet_distance(*parts[0], *parts[1]))
     assert math.isnan(evaluate.real_statistics(data, 151, features, most=300)["floor"])
-
-
-def test_ranks_share_the_rows_and_measure_what_one_process_does(monkeypatch):
-    """Two ranks, one after the other; the second adds what the first has handed over."""
-    data, features, handed = load_data("ring"), evaluate.extractor("pixels", (2,)), []
-
-    def denoise(x, sigma):
-        return x / (1 + sigma ** 2)
-
-    def work():
-        real = evaluate.real_statistics(data, 101, features, most=500)
-        return [real["floor"], *real["mean"].tolist(),
-                run_distance(denoise, options_of(), range(101), features, real)]
-    alone = work()
-
-    def collect(x):
-        handed.append(x)
-        return x
-
-    def add(x):
-        return x + handed.pop(0)
-    for rank, total in ((0, collect), (1, add)):
-        monkeypatch.setattr(evaluate, "ranks", lambda: (rank, 2))
-        monkeypatch.setattr(evaluate, "total", total)
-        together = work()
-    assert together == pytest.approx(alone, rel=1e-4) and not handed
 
 
 # ---- Loss by noise level -------------------------------------------------------------------------
