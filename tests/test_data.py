@@ -121,32 +121,22 @@ def test_mixtures_are_the_documented_ones_of_deviation_half_their_labels_the_com
 
 # ---- Folders and zips ----------------------------------------------------------------------------
 
-def test_folder_with_a_class_in_each_sub_folder(capsys):
-    x = noise(5, 6, 6, 3)
-    files = {"dog/2.png": encoded(x[0]), "cat/b.png": encoded(x[1]), "cat/a.PNG": encoded(x[2]),
-             "dog/deep/1.png": encoded(x[3]), "../elsewhere/0.bmp": encoded(x[4], "BMP"),
-             "notes.txt": b"-", "dog/read.me": b"-", "cat/._a.png": b"-", ".git/x.png": b"-"}
-    write("my pets!", files)
-    Path("my pets!/ant").symlink_to("../elsewhere")
-    data = load_data("my pets!")
-    assert "left out  2 files of my pets!, such as dog/read.me: images end in .png" in \
-        capsys.readouterr().out
-    assert data.classes == ["ant", "cat", "dog"] and data.labels.tolist() == [0, 1, 1, 2, 2]
-    assert data.labels.dtype == np.int64 and data.name == "my-pets"
-    assert (data.x == channels_first(x[[4, 2, 1, 0, 3]])).all()
-    assert data.x.dtype == np.uint8 and data.x.flags.c_contiguous and data.x.flags.writeable
-
-
-@pytest.mark.parametrize("outer", ["", "Neuer Ordner/pets/"])
-def test_a_zip_of_class_folders_has_their_classes(outer):
-    x = noise(4, 5, 5, 3)
-    names = [f"{outer}{name}.png" for name in ("cat/0", "cat/1", "dog/0", "dog/1")]
-    write("x.zip", dict(zip(names, pngs(x).values())) | {f"{outer}readme.txt": b"-"})
-    data = load_data("x.zip")
-    assert data.classes == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1, 1]
-    assert (data.x == channels_first(x)).all() and data.name == "x"
+def test_a_sub_folder_is_a_class_in_folders_and_zips(capsys):
+    x = noise(4, 6, 6, 3)
+    names = "cat/a.PNG", "cat/b.png", "dog/2.png", "dog/deep/1.png"
+    files = dict(zip(names, pngs(x).values())) | {
+        "notes.txt": b"-", "dog/read.me": b"-", "cat/._a.png": b"-", ".git/x.png": b"-"}
+    around = {f"Neuer Ordner/pets/{name}": content for name, content in files.items()}
+    for path in (write("my pets!", files), write("inside.zip", files), write("far.zip", around)):
+        data = load_data(path)
+        assert re.search(f"left out  2 files of {path}, such as .*dog/read.me: images end in .png",
+                         capsys.readouterr().out)
+        assert data.classes == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1, 1]
+        assert (data.x == channels_first(x)).all() and data.labels.dtype == np.int64
+        assert data.x.dtype == np.uint8 and data.x.flags.c_contiguous and data.x.flags.writeable
     flat = load_data(write("flat.zip", pngs(x)))
     assert flat.labels is None and flat.classes == []
+    assert load_data("my pets!").name == "my-pets"
 
 
 def test_zip_in_edm_layout():
@@ -166,12 +156,13 @@ def test_zip_in_edm_layout():
     assert load_data(write("unlabelled.zip", files)).labels is None
 
 
-def test_links_to_folders_that_are_read_anyway_multiply_no_images():
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice():
     write("x", {f"{k}/{i}.png": encoded(noise(4, 4, seed=i)) for k in "ab" for i in (1, 2)})
-    Path("x/a/up").symlink_to("..")
-    Path("x/0").symlink_to("a")
+    write("elsewhere", {"1.bmp": encoded(noise(4, 4), "BMP")})
+    for link, target in [("x/a/up", ".."), ("x/0", "a"), ("x/c", "../elsewhere")]:
+        Path(link).symlink_to(target)
     data = load_data("x")
-    assert len(data.x) == 4 and data.classes == ["a", "b"]
+    assert data.classes == ["a", "b", "c"] and data.labels.tolist() == [0, 0, 1, 1, 2]
 
 
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(monkeypatch):

@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import benchmark
 import evaluate
 import schedules
 import train
+from test_evaluate import options_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -104,9 +104,7 @@ def test_the_diff_adds_a_sampler_of_second_order_with_one_call_a_step(tmp_path, 
         exact = x * ((0.25 + sigma[-1] ** 2) / (0.25 + sigma[0] ** 2)).sqrt()
         error.append((samplers.dpm_solver(denoise, x, sigma) - exact).abs())
     assert 3.2 < error[0] / error[1] < 5 and 3.4 < error[1] / error[2] < 4.6
-    options = SimpleNamespace(shape=(2,), classes=(), device="cpu", schedule="edm", P_mean=0,
-                              P_std=1, label_dropout=0)
-    x = patched.generate(denoise, options, range(2000), "dpm-solver", 20, batch=2000)
+    x = patched.generate(denoise, options_of(), range(2000), "dpm-solver", 20, batch=2000)
     assert abs(x.std() - 0.5) < 0.03
 
 
