@@ -216,7 +216,7 @@ def test_drawn_labels_have_the_shares_of_the_data_and_depend_on_the_seed_alone(c
     assert torch.equal(x[:, 0].round().long(), labels[:80])
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 5], [0.0, 1.0, 0.0, 1.0], [-1, 0, 0, 0]],
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0.0, 1.0, 0.0, 1.0], [-1, 0, 0, 0]],
                          ids=str)
 def test_labels_that_do_not_fit_the_seeds_or_the_classes_are_refused(labels):
     with pytest.raises(BadInput, match="labels must be 4 whole numbers"):
