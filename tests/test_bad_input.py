@@ -34,10 +34,10 @@ def template(tmp_path_factory):
         patch.chdir(folder)
         np.save("points.npy", np.random.default_rng(0).standard_normal((20, 2)).astype("f4"))
         np.savez("images.npz", images=noise(20, 8, 8, 3), labels=np.arange(20) % 2)
-        for argv in [f"--data points.npy --steps 2 --checkpoint-every 1 --out points {TINY}",
+        for argv in [f"--data points.npy --steps 3 --checkpoint-every 1 --out points {TINY}",
                      f"--data images.npz --steps 1 --cond --mult 1 --out images {TINY}"]:
             assert train.main(argv.split()) == 0
-        Path("points/checkpoint-0000002.pt").unlink()
+        Path("points/checkpoint-0000003.pt").unlink()
     return folder
 
 
@@ -85,7 +85,7 @@ def checkpoint(**changes):
 GRAY = noise(4, 4, 4)
 PNGS = pngs(GRAY)
 HOSTILE = np.array([Hostile()] * 4, dtype=object)
-CHECKPOINT = "points/checkpoint-0000001.pt"
+CHECKPOINT = "points/checkpoint-0000002.pt"
 TRAIN = f"train --steps 1 --out new {TINY} --data"
 IMAGES, POINTS, RESUME = f"{TRAIN} images.npz", f"{TRAIN} points.npy", "train --resume points"
 SAMPLE, FID = "evaluate sample points --num 4 --steps 1", "evaluate fid points --num 8 --steps 1"
@@ -119,6 +119,10 @@ COMMANDS = {
     "train --resume nowhere": "'nowhere' does not exist",
     "train --resume images.npz": "name the folder",
     "train --resume nowhere --preset mnist": "leave out --preset",
+    f"{RESUME} --lr 1": "--lr 1.0 (was 0.005)", f"{RESUME} --out other": "--out other",
+    f"{RESUME} --steps 1": "--steps", f"{RESUME} --micro-batch 0": "--micro-batch",
+    f"{RESUME} --data ring": "other data", f"{RESUME} --device abacus": "--device",
+    "train --resume images": "has taken 1 steps",
     "evaluate sample nowhere": "'nowhere' does not exist",
     "evaluate sample .": "has no checkpoint", f"{SAMPLE} --out x.gif": ".png",
     f"{SAMPLE} --sampler ddim --variance beta": "ddpm",
