@@ -6,11 +6,11 @@ is still to come.  Payloads make a folder if they are unpickled, which would be 
 """
 
 import errno
+import io
 import os
 import pickle
 import shlex
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 import evaluate
 import train
 from networks import Denoiser
-from test_data import encoded, idx, noise, pngs, write_folder, write_tar, write_zip
+from test_data import encoded, idx, noise, pngs, write
 
 TINY = "--width 8 --blocks 1 --batch 4 --ref-batch 8 --warmup 0 --sample-steps 1 --eval-every 0"
 
@@ -34,10 +34,10 @@ def template(tmp_path_factory):
         patch.chdir(folder)
         np.save("points.npy", np.random.default_rng(0).standard_normal((20, 2)).astype("f4"))
         np.savez("images.npz", images=noise(20, 8, 8, 3), labels=np.arange(20) % 2)
-        for argv in [f"--data points.npy --steps 2 --checkpoint-every 1 --out points {TINY}",
+        for argv in [f"--data points.npy --steps 3 --checkpoint-every 1 --out points {TINY}",
                      f"--data images.npz --steps 1 --cond --mult 1 --out images {TINY}"]:
             assert train.main(argv.split()) == 0
-        Path("points/checkpoint-0000002.pt").unlink()
+        Path("points/checkpoint-0000003.pt").unlink()
     return folder
 
 
@@ -64,16 +64,15 @@ class Hostile:
 # ---- What makes the files ------------------------------------------------------------------------
 
 def put(path, content):
-    """A file of bytes or an array; or a .zip, .tgz, .npz or folder of a dict."""
+    """A file of bytes or an array; or a .zip, .tar.gz, .npz or folder of a dict."""
     if isinstance(content, np.ndarray):
         np.save(path, content)
     elif isinstance(content, bytes):
-        Path(path).parent.mkdir(exist_ok=True)
-        Path(path).write_bytes(content)
+        write("", {path: content})
     elif path.endswith(".npz"):
         np.savez(path, **content)
     else:
-        {".zip": write_zip, ".tgz": write_tar}.get(Path(path).suffix, write_folder)(path, content)
+        write(path, content)
 
 
 def checkpoint(**changes):
@@ -86,38 +85,60 @@ def checkpoint(**changes):
 GRAY = noise(4, 4, 4)
 PNGS = pngs(GRAY)
 HOSTILE = np.array([Hostile()] * 4, dtype=object)
-CHECKPOINT = "points/checkpoint-0000001.pt"
+CHECKPOINT = "points/checkpoint-0000002.pt"
 TRAIN = f"train --steps 1 --out new {TINY} --data"
-NEW, RESUME = f"{TRAIN} points.npy", "train --resume points"
+IMAGES, POINTS, RESUME = f"{TRAIN} images.npz", f"{TRAIN} points.npy", "train --resume points"
 SAMPLE, FID = "evaluate sample points --num 4 --steps 1", "evaluate fid points --num 8 --steps 1"
-INCEPTION = "evaluate fid images --num 4 --steps 1"
 
-# More of train.py's options are in test_train.py.
-OPTIONS = {name: (None, *case) for name, case in {
-    "Inception for points": (f"{NEW} --fid-every 1 --fid-features inception", "pixels for points"),
-    "more steps than levels": (f"{NEW} --schedule ddpm --sample-steps 1001", "choose fewer"),
-    "a folder of downloads in a file": ("train --data cifar10 --data-dir points.npy", "--data-dir"),
-    "an unset variable, data": (f"{NEW} --data ''", "no file, folder or data set ''"),
-    "an unset variable, run": ("train --resume ''", "'' does not exist"),
-    "sample nowhere": ("evaluate sample nowhere", "'nowhere' does not exist"),
-    "sample a folder of something else": ("evaluate sample .", "has no checkpoint"),
-    "sample into what is no picture": (f"{SAMPLE} --out x.gif", ".png"),
-    "sample with a choice out of range": (f"{SAMPLE} --sampler ddim --eta 2", "within [0, 1]"),
-    "sample with beta in ddim": (f"{SAMPLE} --sampler ddim --variance beta", "ddpm"),
-    "sample by a head that is none": (f"{SAMPLE} --sampler ddpm --variance npr", "--head npr"),
-    "sample with guidance": ("evaluate sample images --guidance 2", "--label-dropout"),
-    "sample a class that is none": ("evaluate sample images --class cat", "choose one of 0, 1"),
-    "sample a class of a run without": (f"{SAMPLE} --class 1", "leave the option out"),
-    "sample weights that are none": (f"{SAMPLE} --weights 77", "raw, ema and 20000"),
-    "fid of other shapes": (f"{FID} --ref images.npz", "shape (3, 8, 8)"),
-}.items()}
+OPTIONS = {                    # beside those of IMAGES: a part of the sentence
+    "--los dsm": "--los", "--loss gan": "--loss", "--data nothing.zip": "nothing.zip",
+    "--data ''": "no file, folder or data set ''",
+    "--batch 0": "--batch 0 is not within [1, 65536]", "--steps many": "--steps",
+    "--lr nan": "--lr", "--beta2 1": "--beta2", "--width 5": "--width",
+    "--width 2048 --batch 65536": "choose a --micro-batch of at most",
+    "--mult 1,x": "--mult", "--mult 0,1": "--mult", "--attend 2 --mult 1,1": "--attend",
+    "--mult 1,1,1,1,1": "choose another --size, --width or --mult", "--arch mlp": "--arch mlp",
+    "--label-dropout 0.1": "--label-dropout needs --cond", "--device abacus": "--device abacus",
+    "--holdout 1": "--holdout 1", "--out images": "images is not empty",
+    "--out images.npz": "choose another --out", "--init nowhere": "nowhere",
+    "--head sn": "--head needs --init", "--loss dsm --K 3": "--K belongs to --loss sa",
+    "--order 1": "--order belongs to --loss taylor",
+    "--schedule ddpm --P-mean 0": "--P-mean belongs to --schedule edm",
+    "--schedule ddpm --sample-steps 1001": "choose fewer",
+    "--loss taylor --precondition x0": "--precondition x0", "--preset imagenet": "--preset",
+    "--preset ffhq64 --data two-gaussians": "--size",
+    "--data points.npy --cond": "--cond: points has no labels",
+    "--data points.npy --fid-every 1 --fid-features inception": "pixels for points",
+    "--data cifar10 --data-dir points.npy": "--data-dir",
+} | {f"--data points.npy {option}": option.split()[0] for option in (
+    "--augment 0.1", "--xflip", "--size 8", "--arch unet", "--label-dropout 0.1 --cond",
+    "--dropout 0.1", "--mult 1,2", "--attend 8")}
+
+COMMANDS = {
+    "train --resume": "there is no run under runs/", "train --resume ''": "'' does not exist",
+    "train --resume nowhere": "'nowhere' does not exist",
+    "train --resume images.npz": "name the folder",
+    "train --resume nowhere --preset mnist": "leave out --preset",
+    f"{RESUME} --lr 1": "--lr 1.0 (was 0.005)", f"{RESUME} --out other": "--out other",
+    f"{RESUME} --steps 1": "--steps", f"{RESUME} --micro-batch 0": "--micro-batch",
+    f"{RESUME} --data ring": "other data", f"{RESUME} --device abacus": "--device",
+    "train --resume images": "has taken 1 steps",
+    "evaluate sample nowhere": "'nowhere' does not exist",
+    "evaluate sample .": "has no checkpoint", f"{SAMPLE} --out x.gif": ".png",
+    f"{SAMPLE} --sampler ddim --variance beta": "ddpm",
+    f"{SAMPLE} --sampler ddpm --variance npr": "--head npr",
+    "evaluate sample images --guidance 2": "--label-dropout",
+    "evaluate sample images --class cat": "choose one of 0, 1",
+    f"{SAMPLE} --class 1": "leave the option out", f"{SAMPLE} --weights 77": "raw, ema and 20000",
+    f"{FID} --ref images.npz": "shape (3, 8, 8)"}
 
 FILES = {          # name: (file, its content, a part of the sentence)
     "a kind unknown": ("x.txt", b"text", ".png .jpg .jpeg"),
     "an empty folder": ("x", {"a.txt": b"text"}, "end in .png .jpg"),
+    "a zip cut short": ("x.zip", b"PK\3\4 not a zip", "x.zip"),
     "three images": ("x.zip", pngs(GRAY[:3]), "at least 4"),
     "images not square": ("x.npy", noise(4, 4, 6), "image 0 of x.npy is 6x4"),
-    "a tar of something else": ("x.tgz", {"a.txt": b"text"}, "has no data_batch_1.bin"),
+    "a tar of something else": ("x.tar.gz", {"a.txt": b"text"}, "has no data_batch_1.bin"),
     "half a picture": ("x", PNGS | {"1.png": PNGS["1.png"][:45]}, "x/1.png"),
     "a picture of a kind unknown": ("x", PNGS | {"1.png": encoded(GRAY[1], "PCX")}, "x/1.png"),
     "mixed sizes": ("x.zip", PNGS | {"1.png": encoded(noise(5, 5))}, "x.zip/1.png is 5x5"),
@@ -142,9 +163,9 @@ DATA = {name: (partial(put, file, content), f"{TRAIN} {file}", part)
 
 RUNS = {
     "a hostile checkpoint": (partial(checkpoint, beta=Hostile()), RESUME, "damaged"),
+    "half a checkpoint": (partial(put, CHECKPOINT, b"PK\3\4"), RESUME, f"{CHECKPOINT} is damaged"),
     "a checkpoint of something else": (partial(torch.save, [1, 2], CHECKPOINT), SAMPLE,
                                        "move it away"),
-    "averages of another half-life": (partial(checkpoint, ema={"7": {}}), RESUME, "name another"),
     "weights of another network": (partial(checkpoint, model={"a": torch.ones(1)}),
                                    f"{SAMPLE} --weights raw", "not of this network"),
     "options of another program": (partial(checkpoint, options={"lr": 1}), SAMPLE,
@@ -152,10 +173,11 @@ RUNS = {
     "an optimizer of another network": (partial(checkpoint, optimizer={}), RESUME, "optimizer"),
     "no checkpoint": (partial(os.remove, CHECKPOINT), RESUME, "has no checkpoint"),
     "a damaged log": (partial(put, "points/log.jsonl", b"text}\n"), RESUME, "log.jsonl"),
-    "half of Inception": (partial(put, f"data/{evaluate.INCEPTION}", b"PK\3\4"), INCEPTION,
-                          "remove it"),
+    "half of Inception": (partial(put, f"data/{evaluate.INCEPTION}", b"PK\3\4"),
+                          "evaluate fid images --num 4 --steps 1", "remove it"),
 }
-CASES = OPTIONS | DATA | RUNS
+CASES = ({options: (None, f"{IMAGES} {options}", part) for options, part in OPTIONS.items()}
+         | {line: (None, line, part) for line, part in COMMANDS.items()} | DATA | RUNS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,7 +202,7 @@ def test_the_hostile_payload_would_be_seen(folder):
 
 @pytest.mark.parametrize("line, file", [
     (f"{SAMPLE} --out x.png", "x.png"), (f"{SAMPLE} --out x.npz", "x.npz"),
-    (NEW, "new/options.json")])
+    (POINTS, "new/options.json")])
 def test_a_full_disk_is_told_and_nothing_half_written_is_left(line, file, folder, monkeypatch,
                                                               capsys):
     def full(_):
@@ -193,7 +215,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_is_left(line, file, folder
     assert error.count("\n") == 1 and not Path(file).exists() and not Path(f"{file}.part").exists()
 
 
-@pytest.mark.parametrize("line", [NEW, SAMPLE])
+@pytest.mark.parametrize("line", [POINTS, SAMPLE])
 def test_lack_of_memory_is_told(line, folder, monkeypatch, capsys):
     def exhausted(*given, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ..")
@@ -203,22 +225,21 @@ def test_lack_of_memory_is_told(line, folder, monkeypatch, capsys):
     assert "out of memory; " in error and error.count("\n") == 1
 
 
-def test_class_names_beyond_the_terminals_letters_end_no_command(tmp_path):
+def test_class_names_beyond_the_terminals_letters_end_no_command(folder, monkeypatch):
     """Training on them, its report, a picture of one class, and the sentence for a wrong one."""
+    def shown(line, status):
+        streams = []
+        for name in ("stdout", "stderr"):
+            stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+            monkeypatch.setattr(sys, name, stream)
+            streams.append(stream)
+        assert command(line) == status
+        return [stream.buffer.getvalue().decode() for stream in streams]
     for name in ("ключ", "猫"):
-        write_folder(tmp_path / "pets" / name, pngs(noise(4, 8, 8, 3)))
-    program = f"""if True:
-        import sys, evaluate, train
-        line = "--data pets --cond --mult 1 --steps 1 --out run {TINY}"
-        assert train.main(line.split()) == 0
-        sys.stdout.reconfigure(errors="strict")    # as it was; train.main has changed it
-        line = "sample run --num 2 --steps 1 --class "
-        assert evaluate.main([*line.split(), "猫"]) == 0
-        assert evaluate.main([*line.split(), "犬"]) == 2"""
-    root = str(Path(train.__file__).parent)
-    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env,
-                          capture_output=True, encoding="ascii")
-    assert done.returncode == 0, done.stderr
-    assert "2 classes: ????, ?" in done.stdout and "class ?" in done.stdout
-    assert done.stderr == "evaluate.py: --class ?: choose one of ????, ?\n"
+        write(f"pets/{name}", pngs(noise(4, 8, 8, 3)))
+    out, _ = shown(f"train --data pets --cond --mult 1 --steps 1 --out run {TINY}", 0)
+    assert "2 classes: ????, ?" in out
+    out, _ = shown("evaluate sample run --num 2 --steps 1 --class 猫", 0)
+    assert "class ?" in out
+    out, error = shown("evaluate sample run --num 2 --steps 1 --class 犬", 2)
+    assert error == "evaluate.py: --class ?: choose one of ????, ?\n"

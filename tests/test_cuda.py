@@ -1,10 +1,8 @@
 """What needs a GPU; collected everywhere, skipped without one."""
 
 import itertools
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import losses
 import train
 from samplers import heun
 from schedules import EDM
+from test_train import log
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("folder"),
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -69,8 +68,7 @@ def test_trains_samples_and_resumes_on_the_gpu(schedule):
     "--loss stf --augment 0.5 --xflip", "--loss stf --compile", "--loss stf --arch adm --width 64"])
 def test_every_objective_trains_on_the_gpu_in_every_number_type_and_compiled(more):
     assert train.main([*DIGITS, *more.split(), "--steps", "12"]) == 0
-    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    found = [line["loss"] for line in lines if "loss" in line]
+    found = [line["loss"] for line in log("run", "loss")]
     assert len(found) >= 8 and torch.tensor(found).isfinite().all()       # fp16 may skip the first
     state = evaluate.load_checkpoint("run")
     assert all(weight.dtype == torch.float32 for weight in state["model"].values())

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -14,27 +13,14 @@ from PIL import Image
 
 import evaluate
 import train
-from networks import Inception
-from test_survival import ended, interrupted, lose_the_losses, start
+from test_evaluate import Small
+from test_survival import interrupted, launch
 from test_train import OBJECTIVES, POINTS, TINY, log, words
 from train import Options
 
 RANKS = TINY | dict(batch=8, ref_batch=16, warmup=0, cond=True)
 
 pytestmark = pytest.mark.usefixtures("folder")
-
-
-def launch(world, work, argv):
-    """work(argv) on so many ranks: their statuses, outputs and errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for r in range(world):
-        env = dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_PORT=port,
-                   MASTER_ADDR="127.0.0.1") if world > 1 else {}
-        started.append(start(work, argv, env, f"rank{r}"))
-    return zip(*[ended(one, f"rank{r}") for r, one in enumerate(started)])
 
 
 def train_all(runs):
@@ -58,8 +44,8 @@ def test_any_number_of_ranks_and_parts_gives_the_same_weights_after_20_steps():
     for i, (world, part) in enumerate([(1, None), (1, 3), (2, 3), (3, 2), (4, None)]):
         runs = [given | dict(steps=20, micro_batch=part, out=f"{i}-{k}")
                 for k, given in enumerate(variants)]
-        status, _, errors = launch(world, train_all, runs)
-        assert status == (0,) * world, errors
+        status, _, errors = launch(train_all, runs, world)
+        assert status == [0] * world, errors
         states.append([evaluate.load_checkpoint(run["out"]) for run in runs])
     for state in states[1:]:
         for given, want, found in zip(variants, states[0], state):
@@ -70,34 +56,29 @@ def test_any_number_of_ranks_and_parts_gives_the_same_weights_after_20_steps():
             assert away > 1e-6 if "dropout" in given else away < 1e-12, (given, away)
 
 
-def measure_few_features(argv):
-    """train.py, in which a distance is that of the first 64 features: 2048 take seconds."""
-    distance = evaluate.frechet_distance
-
-    def of_few(mean1, cov1, mean2, cov2):
-        return distance(mean1[:64], cov1[:64, :64], mean2[:64], cov2[:64, :64])
-    evaluate.frechet_distance = of_few
+def measure_colours(argv):
+    """train.py, with the means of colours in the stead of Inception's features."""
+    evaluate.Inception = Small
     return train.main(argv)
 
 
 def test_two_ranks_log_draw_and_measure_as_one_does():
-    """The whole command: pictures, held-out errors, Inception's distances, log and messages."""
-    with np.load("images.npz") as kept:
-        np.savez("four.npz", images=kept["images"][:4], labels=kept["labels"][:4])
+    """The whole command: pictures, held-out errors, distances, log and messages.
+
+    Ranks have unequal shares of the 3 samples, and of the 3 and 37 rows of their floor.
+    """
     Path("data").mkdir()
-    torch.manual_seed(0)
-    torch.save(Inception().state_dict(), Path("data", evaluate.INCEPTION))
-    given = RANKS | dict(data="four.npz", steps=4, eval_every=2, fid_every=4, fid_num=3,
-                         fid_features="inception")
+    torch.save(Small().state_dict(), Path("data", evaluate.INCEPTION))
+    given = RANKS | dict(steps=4, eval_every=2, fid_every=4, fid_num=3, fid_features="inception")
     for world, out in ((1, "one"), (2, "two")):
-        status, outputs, errors = launch(world, measure_few_features, words(given | dict(out=out)))
-        assert status == (0,) * world and "Warning" not in "".join(errors), errors
+        status, outputs, errors = launch(measure_colours, words(given | dict(out=out)), world)
+        assert status == [0] * world and "Warning" not in "".join(errors), errors
     assert "on cpu x 2" in outputs[0] and outputs[1] == errors[1] == ""
     one, two = log("one"), log("two")
     assert [line.keys() for line in one] == [line.keys() for line in two]
     assert [line["step"] for line in one] == [1, 2, 2, 3, 4, 4, 4, 4]
     for a, b in zip(one, two):
-        for name in set(a) & {"loss", "grad_norm", "fid_3"}:
+        for name in set(a) & {"loss", "grad_norm", "fid_3", "floor"}:
             assert a[name] == pytest.approx(b[name], rel=1e-3) and np.isfinite(a[name])
         if "held_out" in a:
             assert a["held_out"]["ema"] == pytest.approx(b["held_out"]["ema"], rel=1e-3)
@@ -114,6 +95,17 @@ def lose_the_data(argv):
     return train.main([*argv, "--data", "nowhere.zip"] if os.environ["RANK"] == "1" else argv)
 
 
+def lose_the_losses(argv):
+    """train.py, in which every loss is NaN in step 4, and from step 13 on."""
+    calls, good = [], train.objective
+
+    def objective(*given):
+        calls.append(1)
+        return good(*given) * (torch.nan if len(calls) > 12 or len(calls) == 4 else 1)
+    train.objective = objective
+    return train.main(argv)
+
+
 def fill_the_disk(argv):
     """train.py, whose first rank finds no room for its checkpoint."""
     def full(*given):
@@ -124,18 +116,20 @@ def fill_the_disk(argv):
 
 @pytest.mark.parametrize("work, more, sentence", [
     (train.main, "--width 7", "--width"), (train.main, "--batch 1", "--batch"),
-    (lose_the_data, "", "nowhere.zip"), (lose_the_losses, "", "ten steps in a row up to 22"),
-    (fill_the_disk, "--checkpoint-every 1", "No space left")])
+    (lose_the_data, "", "nowhere.zip"), (fill_the_disk, "--checkpoint-every 1", "No space left"),
+    (lose_the_losses, "--checkpoint-every 5", "ten steps in a row up to 22 had no finite loss or "
+     "gradient; try a smaller --lr; the last good checkpoint: run/checkpoint-0000020.pt")])
 def test_what_is_wrong_is_told_once_and_ends_all_ranks(work, more, sentence):
     """On both ranks or on one, before the first step or later; no process group is left behind."""
-    status, _, errors = launch(2, work, [*words(RANKS | dict(steps=30)), *more.split()])
-    assert status == (2, 2), errors
+    argv = words(RANKS | dict(steps=30, out="run"))
+    status, _, errors = launch(work, [*argv, *more.split()], 2)
+    assert status == [2, 2], errors
     told, = [line for line in "".join(errors).splitlines() if not line.startswith("step: ")]
     assert told.startswith("train.py: ") and sentence in told
 
 
 def test_a_signal_to_one_rank_ends_both_after_the_step_with_a_checkpoint():
     work = partial(interrupted, [signal.SIGINT])
-    status, _, errors = launch(2, work, words(RANKS | dict(steps=30, out="run")))
-    assert status == (130, 130), errors
+    status, _, errors = launch(work, words(RANKS | dict(steps=30, out="run")), 2)
+    assert status == [130, 130], errors
     assert evaluate.load_checkpoint("run")["step"] == 3

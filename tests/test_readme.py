@@ -5,7 +5,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ import benchmark
 import evaluate
 import schedules
 import train
+from test_evaluate import options_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 MAP = (ROOT / "papers" / "README.md").read_text()
-PAPERS = ("stf", "sa", "debias", "edm", "taylor")
 COMMANDS = [line.split("  #")[0].strip() for line in README.splitlines()
             if re.match(r"    (python|pip|torchrun) ", line)]
 INLINE = re.findall(r"`((?:python|torchrun) [^`]+)`", README + MAP)
@@ -71,20 +70,13 @@ def test_the_table_of_files_is_the_files():
             importlib.import_module(name.removesuffix(".py")), start)
 
 
-@pytest.fixture(scope="module")
-def default_run(tmp_path_factory):
-    """A folder with a short run under the name that the README's commands use."""
-    folder = tmp_path_factory.mktemp("readme")
-    train.run(train.Options(steps=2, eval_every=0, out=f"{folder}/runs/000-digits-stf-edm"),
-              brief=True)
-    return folder
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippets_run(number, default_run, monkeypatch):
-    monkeypatch.chdir(default_run)
-    torch.manual_seed(0)
-    exec(compile(SNIPPETS[number], "README.md", "exec"), {"__name__": "readme"})
+def test_snippets_run(tmp_path, monkeypatch):
+    """In a folder with a short run under the name that the README's commands use."""
+    monkeypatch.chdir(tmp_path)
+    train.run(train.Options(steps=2, eval_every=0, out="runs/000-digits-stf-edm"), brief=True)
+    for number, snippet in enumerate(SNIPPETS):
+        torch.manual_seed(0)
+        exec(compile(snippet, f"snippet {number} of README.md", "exec"), {"__name__": "readme"})
 
 
 def test_the_diff_adds_a_sampler_of_second_order_with_one_call_a_step(tmp_path, monkeypatch):
@@ -112,9 +104,7 @@ def test_the_diff_adds_a_sampler_of_second_order_with_one_call_a_step(tmp_path, 
         exact = x * ((0.25 + sigma[-1] ** 2) / (0.25 + sigma[0] ** 2)).sqrt()
         error.append((samplers.dpm_solver(denoise, x, sigma) - exact).abs())
     assert 3.2 < error[0] / error[1] < 5 and 3.4 < error[1] / error[2] < 4.6
-    options = SimpleNamespace(shape=(2,), classes=(), device="cpu", schedule="edm", P_mean=0,
-                              P_std=1, label_dropout=0)
-    x = patched.generate(denoise, options, range(2000), "dpm-solver", 20, batch=2000)
+    x = patched.generate(denoise, options_of(), range(2000), "dpm-solver", 20, batch=2000)
     assert abs(x.std() - 0.5) < 0.03
 
 
@@ -156,7 +146,7 @@ def test_the_map_has_every_numbered_item_of_a_paper(paper):
         assert found >= {*range(1, count + 1)}, (kind, sorted({*range(1, count + 1)} - found))
 
 
-@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("paper", ["stf", "sa", "debias", "edm", "taylor"])
 def test_every_command_of_a_paper_is_in_the_map_with_its_results(paper):
     for name in importlib.import_module(f"papers.{paper}").COMMANDS:
         assert f"`python -m papers.{paper} {name}" in MAP, name
