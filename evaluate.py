@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import tarfile
 import time
@@ -64,12 +65,12 @@ def status(program, command, cure):
     try:
         command()
         return 0
-    except (BadInput, OSError, FloatingPointError, MemoryError) as error:
+    except (BadInput, OSError, FloatingPointError) as error:
         if ranks()[0] == 0 or not isinstance(error, BadInput):     # outside `agree`, all have it
             print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:                  # torch's, for lack of memory on any device
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:   # torch has no type for memory of any device
+        if "memory" not in repr(error).lower():
             raise
         print(f"{program}: out of memory; {cure}", file=sys.stderr)
         return 2
@@ -199,7 +200,7 @@ def build(name, where, size, x, labels=None, classes=()):
         labels = labels.astype(np.int64)
         classes = [str(classes[k] if k < len(classes) else k) for k in occur]
     if size is not None and x.ndim != 4:
-        raise BadInput(f"{where} has points, not images; leave out --size")
+        raise BadInput(f"{where} has points, which --size cannot resize; choose images")
     if x.ndim == 4 and x.shape[2:] != (size or x.shape[2],) * 2:
         def read(i):
             return picture(images[i])
@@ -353,8 +354,11 @@ def json_labels(content, names):
 def read_numpy(path):
     """x, labels of an .npy or .npz: points (N, d), images (N, H, W[, C]) or (N, C, H, W)."""
     if path.suffix.lower() == ".npy":
-        how = "c" if path.stat().st_size > LARGE_FILE else None
-        x, labels = np.load(path, mmap_mode=how, allow_pickle=False), None
+        x, labels = np.lib.format.open_memmap(path, mode="c"), None
+        if path.stat().st_size <= LARGE_FILE:
+            x = np.array(x)
+    elif not zipfile.is_zipfile(path):             # np.load would advise to unpickle it
+        raise ValueError("it is no .npz file, or not whole")
     else:
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays:
@@ -386,7 +390,7 @@ def read_cifar(path):
     with tarfile.open(path) as archive:
         for member in archive:
             name = member.name.split("/")[-1]
-            if member.isfile() and name.startswith(("data_batch_", "batches.meta")):
+            if re.fullmatch(r"data_batch_\d\.bin|batches\.meta\.txt", name):
                 files[name] = archive.extractfile(member).read()
     classes = files.pop("batches.meta.txt", b"").decode().split()
     if not files:
@@ -398,8 +402,10 @@ def read_cifar(path):
 
 def read_idx(path):
     """Of an idx images file, and of the labels file beside it, if there is one."""
-    beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    return idx(path, 3)[:, None], idx(beside, 1) if beside.is_file() else None
+    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    labels = [path.with_name(name), path.with_name(f"{name}.gz")]
+    found = [idx(beside, 1) for beside in labels if beside.is_file()]
+    return idx(path, 3)[:, None], found[0] if found else None
 
 
 def idx(path, rank):
@@ -420,6 +426,7 @@ def download(name, folder):
     if path.is_file():
         return path
     attempt(folder, "choose another --data-dir", os.makedirs, folder, exist_ok=True)
+    socket.setdefaulttimeout(30)                   # torch.hub would wait for ever
     for place in places:
         print(f"downloading {place}{name}", flush=True)
         try:
@@ -599,7 +606,7 @@ def load_run(run, device=None, weights="ema"):
     options.folder = (os.path.dirname(run) or ".") if os.path.isfile(run) else run
     denoiser = attempt(f"the options of {run}", "name another run", build_denoiser, options)
     averages = state["ema"]
-    name = next(iter(averages), None) if weights == "ema" else weights
+    name = next(iter(averages), None) if weights == "ema" else str(weights)
     if name != "raw" and name not in averages:
         raise BadInput(f"--weights {name}: the run has raw, ema and {', '.join(averages)}")
     load_weights(denoiser, state["model"] if name == "raw" else averages[name], run)
@@ -745,6 +752,8 @@ def check_choices(denoiser, options, sampler, guide, choices):
          f"{' '.join(SAMPLERS[sampler]) or 'none'}"),
         (variance and not callable(variance) and variance not in VARIANCES,
          f"--variance {variance} is none of {', '.join(VARIANCES)}"),
+        ({"S_tmin", "S_tmax", "S_noise"} & set(choices) and not choices.get("S_churn"),
+         "--S_tmin, --S_tmax and --S_noise need --S_churn, the noise that they shape"),
         (variance == "beta" and sampler == "ddim", "--variance beta belongs to --sampler ddpm"),
         (variance in ("sn", "npr") and options.head != variance, f"--variance {variance}: the run "
          f"has no such head; train one with train.py --head {variance} --init RUN"),
@@ -861,6 +870,7 @@ def whole(path, write, **options):
     """write(file, **options) to path, which is there whole or not at all."""
     def to_part():
         part = Path(f"{path}.part")
+        os.makedirs(part.parent, exist_ok=True)
         try:
             with open(part, "wb") as file:
                 write(file, **options)
@@ -1069,7 +1079,10 @@ def draw_run(folder, table):
         print("(with matplotlib installed, a picture of the loss would be drawn)")
         return
     lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line))
+    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if not found:                                  # the log was moved away
+        return
+    steps, losses = zip(*found)
     span = max(len(losses) // 20, 1)
     means = np.convolve(losses, np.ones(span) / span, "valid")
     sigma, dsm, stf, _ = zip(*table)
@@ -1144,6 +1157,8 @@ def sample(args):
         labels, names = torch.full((num,), list(options.classes).index(args.label)), []
         text += f", class {args.label}"
     name = text.replace(" steps", "").replace(", ", "-").replace(" ", "-").replace("/", "-")
+    if os.path.isfile(args.run):
+        name += f"-{Path(args.run).stem}"
     out = args.out or f"{options.folder}/{name}.png"
     if not out.endswith((".png", ".npz")):
         raise BadInput(f"--out {out} ends neither in .png nor in .npz; choose another name")

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -224,9 +225,12 @@ def check(options):
     for name, field in CHOSEN.items():
         value = getattr(options, name)
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-        values = value if field.type is tuple else (value,)
         if value is None:
             continue
+        kind = {float: (int, float)}.get(field.type, field.type)
+        if not isinstance(value, kind):
+            raise BadInput(f"{word(name)} {value!r} is not of type {field.type.__name__}")
+        values = value if kind is tuple else (value,)
         if choices and value not in choices:
             raise BadInput(f"{word(name)} {value} is none of {', '.join(choices)}")
         if low is not None and not all(low <= v <= high for v in values):
@@ -253,8 +257,8 @@ def resolve(options, data):
               if name in given and getattr(options, other) != value]
     for_images = [word(name) for name in ("xflip", "augment", "mult", "attend", "dropout",
                                           "label_dropout") if name in given]
-    not_for_heads = [word(name) for name in ("loss", "weight", "ref_batch", "dropout",
-                                             "label_dropout") if name in given]
+    not_for_heads = [word(name) for name in ("loss", "weight", "ref_batch", "dropout")
+                     if name in given]
     options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
                             options.batch)
     if options.amp == "auto":
@@ -376,7 +380,13 @@ def draw_batch(pixels, labels, options, schedule, step):
     n = options.ref_batch if stf else B
     N = training_count(len(pixels), options.holdout)
     g = generator(options.seed, step, 0)
-    rows = torch.randperm(N, generator=g)[:n] if n <= N else torch.randint(N, (n,), generator=g)
+    if n > N:
+        rows = torch.randint(N, (n,), generator=g)
+    elif N <= 100_000:
+        rows = torch.randperm(N, generator=g)[:n]
+    else:                                                      # in O(n)
+        rng = np.random.default_rng(g.initial_seed())
+        rows = torch.from_numpy(rng.choice(N, n, replace=False))
     if options.holdout:
         rows = rows + rows // (options.holdout - 1)            # passes over every holdout-th row
     g = generator(options.seed, step, 4)
@@ -584,8 +594,9 @@ def run(options, folder=None, brief=False):
     data = in_turn(partial(evaluate.run_data, options))
     if not folder:
         options = agree(partial(resolve, inherit(options) if options.init else options, data))
-    if min(options.batch, options.fid_num) < world:
-        raise BadInput(f"--batch and --fid-num must be at least the number of ranks, {world}")
+    if min(options.batch, options.fid_num, len(data.x) // 2) < world:
+        raise BadInput("--batch, --fid-num and half the number of images or points must each be at "
+                       f"least the number of ranks, {world}")
     memory = agree(partial(memory_needed, options))
     device, schedule = options.device, evaluate.build_schedule(options)
 
@@ -724,7 +735,11 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
                            "--steps a larger number")
         return state["step"], state["skipped"], state["best"]
     if options.init:
-        weights = evaluate.load_run(options.init, options.device)[0].state_dict()
+        start, stored = evaluate.load_run(options.init, options.device)
+        if list(stored.classes) != list(options.classes):
+            raise BadInput(f"--init {options.init} has the classes {', '.join(stored.classes)}, "
+                           f"and the data have {', '.join(options.classes)}; both must be the same")
+        weights = start.state_dict()
         for network in (denoiser, *emas.values()):       # a head keeps its own fresh weights
             evaluate.load_weights(network, network.state_dict() | weights, options.init)
     return 0, [0, 0], math.inf
@@ -771,7 +786,8 @@ def new_folder(options, data):
     if options.out is not None:
         # A start that failed before its first checkpoint does not block the next one.
         left = os.listdir(options.out) if os.path.isdir(options.out) else []
-        if any(not name.endswith((".part", "options.json", "log.jsonl")) for name in left):
+        passing = r"samples-\d+\.png|options\.json|log\.jsonl|.*\.part"
+        if not all(re.fullmatch(passing, name) for name in left):
             raise BadInput(f"{options.out} is not empty; choose another --out, or go on with "
                            f"--resume {options.out}")
         attempt(options.out, "choose another --out", os.makedirs, options.out, exist_ok=True)

@@ -101,7 +101,9 @@ OPTIONS = {                    # beside those of IMAGES: a part of the sentence
     "--label-dropout 0.1": "--label-dropout needs --cond", "--device abacus": "--device abacus",
     "--holdout 1": "--holdout 1", "--out images": "images is not empty",
     "--out images.npz": "choose another --out", "--init nowhere": "nowhere",
-    "--head sn": "--head needs --init", "--loss dsm --K 3": "--K belongs to --loss sa",
+    "--head sn": "--head needs --init",
+    "--head sn --init images --weight debias": "--weight and --ref-batch: the head has a loss",
+    "--loss dsm --K 3": "--K belongs to --loss sa",
     "--order 1": "--order belongs to --loss taylor",
     "--schedule ddpm --P-mean 0": "--P-mean belongs to --schedule edm",
     "--schedule ddpm --sample-steps 1001": "choose fewer",
@@ -127,10 +129,12 @@ COMMANDS = {
     "evaluate sample .": "has no checkpoint", f"{SAMPLE} --out x.gif": ".png",
     f"{SAMPLE} --sampler ddim --variance beta": "ddpm",
     f"{SAMPLE} --sampler ddpm --variance npr": "--head npr",
+    f"{SAMPLE} --sampler edm-stochastic --S_noise 2": "need --S_churn",
     "evaluate sample images --guidance 2": "--label-dropout",
     "evaluate sample images --class cat": "choose one of 0, 1",
     f"{SAMPLE} --class 1": "leave the option out", f"{SAMPLE} --weights 77": "raw, ema and 20000",
-    f"{FID} --ref images.npz": "shape (3, 8, 8)"}
+    f"{FID} --ref images.npz": "shape (3, 8, 8)",
+    "evaluate fid images --ref points.npy": "choose images"}
 
 FILES = {          # name: (file, its content, a part of the sentence)
     "a kind unknown": ("x.txt", b"text", ".png .jpg .jpeg"),
@@ -139,6 +143,9 @@ FILES = {          # name: (file, its content, a part of the sentence)
     "three images": ("x.zip", pngs(GRAY[:3]), "at least 4"),
     "images not square": ("x.npy", noise(4, 4, 6), "image 0 of x.npy is 6x4"),
     "a tar of something else": ("x.tar.gz", {"a.txt": b"text"}, "has no data_batch_1.bin"),
+    "a tar of Python's own": ("x.tar.gz", {"data_batch_1": b"text"}, "has no data_batch_1.bin"),
+    "text called .npy": ("x.npy", b"words and words", "magic string is not correct"),
+    "text called .npz": ("x.npz", b"text", "no .npz file"),
     "half a picture": ("x", PNGS | {"1.png": PNGS["1.png"][:45]}, "x/1.png"),
     "a picture of a kind unknown": ("x", PNGS | {"1.png": encoded(GRAY[1], "PCX")}, "x/1.png"),
     "mixed sizes": ("x.zip", PNGS | {"1.png": encoded(noise(5, 5))}, "x.zip/1.png is 5x5"),
@@ -162,6 +169,9 @@ DATA = {name: (partial(put, file, content), f"{TRAIN} {file}", part)
 }
 
 RUNS = {
+    "other classes than those of --init": (
+        partial(np.savez, "x.npz", images=noise(6, 8, 8, 3), labels=[0, 1, 2] * 2),
+        f"{TRAIN} x.npz --init images", "has the classes 0, 1, and the data have 0, 1, 2"),
     "a hostile checkpoint": (partial(checkpoint, beta=Hostile()), RESUME, "damaged"),
     "half a checkpoint": (partial(put, CHECKPOINT, b"PK\3\4"), RESUME, f"{CHECKPOINT} is damaged"),
     "a checkpoint of something else": (partial(torch.save, [1, 2], CHECKPOINT), SAMPLE,

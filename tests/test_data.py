@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import time
 import zlib
@@ -317,14 +318,19 @@ def test_cifar10_tar():
     assert found[0].fingerprint == found[1].fingerprint
 
 
-@pytest.mark.parametrize("name", ["t10k-images-idx3-ubyte.gz", "t10k-images.idx3-ubyte"])
-def test_idx_files(name):
-    x, pack = noise(4, 28, 28), gzip.compress if name.endswith(".gz") else bytes
-    Path(name).write_bytes(pack(idx(x)))
+@pytest.mark.parametrize("name, beside", [
+    ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+    ("t10k-images.idx3-ubyte", "t10k-labels.idx1-ubyte"),
+    ("t10k-images.idx3-ubyte", "t10k-labels.idx1-ubyte.gz")])
+def test_idx_files(name, beside):
+    def put(name, content):
+        Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+    x = noise(4, 28, 28)
+    put(name, idx(x))
     bare = load_data(name)
     assert bare.labels is None and (bare.x == x[:, None]).all() and bare.x.flags.writeable
-    beside = Path(name.replace("images", "labels").replace("idx3", "idx1"))
-    beside.write_bytes(pack(idx(np.uint8([7, 0, 2, 2]))))
+    put(beside, idx(np.uint8([7, 0, 2, 2])))
     data = load_data(name)
     assert data.labels.tolist() == [2, 0, 1, 1] and data.classes == ["0", "2", "7"]
     assert "gray images 28x28" in data.source
@@ -377,6 +383,17 @@ def test_a_download_comes_whole_from_the_first_mirror_that_has_it_and_once(monke
         assert load_data("cifar10").labels.tolist() == [0, 1, 0, 1]
         shutil.rmtree("mirror", ignore_errors=True)
     assert os.listdir("data") == [CIFAR]
+
+
+def test_a_place_that_stops_answering_is_left_for_the_next(monkeypatch):
+    tar = write("x.tar.gz", {"data_batch_1.bin": records([1, 2, 1, 2], noise(4, 3, 32, 32))})
+    offer(monkeypatch, CIFAR, Path(tar).read_bytes(), "whole")
+    wait = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: wait(seconds / 300))
+    with socket.create_server(("127.0.0.1", 0)) as silent:             # takes calls, says nothing
+        evaluate.DOWNLOADS[CIFAR][0].insert(0, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        assert len(load_data("cifar10").x) == 4
+    wait(None)
 
 
 def test_a_download_that_fails_everywhere_says_which_file_to_put_where(monkeypatch):

@@ -248,6 +248,14 @@ def test_a_picture_shows_every_image_unchanged(run, capsys):
     assert (page == grid(x).repeat(8, 0).repeat(8, 1)).all()           # zoomed to cells of 64x64
 
 
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_a_picture_of_points_shows_all_of_them_at_any_scale(scale):
+    x = scale * np.array([[-1.0, 1.0], [1.0, -1.0], [0.0, 0.5]])
+    evaluate.save_pictures("new/x.png", [("points", x)])
+    page = np.asarray(Image.open("new/x.png").convert("L"))[28:428, 16:416]
+    assert not page[[18, 382, 109], [18, 382, 200]].any() and (page == 0).sum() < 30
+
+
 def test_samples_from_minus_1_to_1_are_saved_as_0_to_255_and_clipped():
     levels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).expand(1, 3, 1, 6)
     assert evaluate.to_uint8(levels)[0, 0, 0].tolist() == [0, 0, 128, 255, 255, 191]
@@ -262,7 +270,8 @@ def test_names_of_pictures_tell_their_choices_apart(run, monkeypatch, capsys):
     assert len(names) == 8 and str(run / "ddpm-1-variance-beta.png") in names
     monkeypatch.chdir(run)                         # of a checkpoint's name: into its folder
     assert evaluate.main("sample checkpoint-0000005.pt --num 2 --steps 1".split()) == 0
-    assert Path(capsys.readouterr().out.split()[-1]).resolve().parent == run
+    path = Path(capsys.readouterr().out.split()[-1]).resolve()
+    assert path == run / "heun-1-checkpoint-0000005.png"
 
 
 def test_a_gif_shows_the_state_after_each_step_and_ends_with_the_samples(images, monkeypatch):

@@ -119,6 +119,7 @@ def test_a_kill_before_the_options_are_written_does_not_block_the_folder(capsys)
     argv = words(RUN | dict(steps=1, out="run"))
     kill = partial(die_instead_of_renaming, "options.json", 1)
     assert launch(kill, argv)[0] == [-signal.SIGKILL]
+    Path("run/samples-0000001.png").touch()              # of a run with --sample-every 1
     refused(["--resume", "run"], capsys)
     assert train.main(argv) == 0
 

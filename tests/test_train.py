@@ -8,6 +8,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -99,6 +100,17 @@ def test_sources_are_among_the_references_and_rows_do_not_repeat(more):
     assert 3 <= (k >= 40).sum() <= 13 if "xflip" in more else (k < 40).all()
     assert batch.reference.dtype == torch.uint8
     assert batch.x0.dtype == batch.sigma.dtype == torch.float32 and batch.x0.abs().max() <= 1
+
+
+def test_a_large_set_costs_no_more_than_the_rows_of_a_batch(monkeypatch):
+    """A batch costs O(its rows), and these are still different ones, anew in each step."""
+    pixels = torch.arange(300_000.0)[:, None]
+    monkeypatch.setattr(torch, "randperm", None)
+    options = Options(**BATCH | dict(cond=False, ref_batch=1000))
+    first, again, other = (train.draw_batch(pixels, None, options, EDM(), step).reference[:, 0]
+                           for step in (3, 3, 4))
+    assert torch.equal(first, again) and len(first.unique()) == 1000
+    assert abs(first.mean() / 150_000 - 1) < 0.1 and len(torch.cat([first, other]).unique()) > 1900
 
 
 def test_a_batch_larger_than_the_set_still_has_its_sources():
@@ -365,10 +377,20 @@ def test_a_presets_network_can_be_built(name):
 # ---- Options -------------------------------------------------------------------------------------
 
 def test_options_from_python_are_checked_too():
-    for given in (dict(loss="gan"), dict(batch=0), dict(beta2=1.0), dict(ema=(20, 0))):
+    for given in (dict(loss="gan"), dict(batch=0), dict(beta2=1.0), dict(ema=(20, 0)),
+                  dict(cond="no"), dict(steps=2.5), dict(ema=5000)):
         with pytest.raises(BadInput, match=f"--{next(iter(given))}"):
             trained("other", TINY, **given)
     assert not Path("other").exists()
+
+
+def test_more_ranks_than_half_the_rows_are_refused(monkeypatch):
+    """The report draws as many samples as half the rows, and each rank needs one of them."""
+    np.savez("four.npz", images=PIXELS[:4])
+    monkeypatch.setattr(train, "ranks", lambda: (0, 3))
+    monkeypatch.setattr(train, "agree", lambda call: call())
+    with pytest.raises(BadInput, match="half the number of images"):
+        trained("other", TINY, data="four.npz")
 
 
 # ---- What a run leaves ---------------------------------------------------------------------------
