@@ -39,7 +39,8 @@ def main(paper, commands, argv=None):
     function gets args.paper, args.command and args.options, a dict for train.Options, as well.
     """
     p = evaluate.Parser(prog=f"python -m papers.{paper}", description="Figures and tables of the "
-                        "paper.  Options that a command does not know go to train.py's runs.")
+                        "paper.  Distances are Frechet distances of samples to the data: less is "
+                        "better.  Options that a command does not know go to train.py's runs.")
     known = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, arguments) in commands.items():
         own = known.add_parser(name, help=function.__doc__.split("\n")[0],

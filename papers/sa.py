@@ -22,7 +22,7 @@ import evaluate
 import train
 from losses import sa_tau
 from papers import plot
-from samplers import ddpm, seeded_noise
+from samplers import analytic_covariance, ddpm, seeded_noise
 from schedules import DDPM
 
 LEVELS = DDPM().levels                                       # sigma of t = 1 ... 1000
@@ -46,12 +46,19 @@ def variants(args):
     return {name: given(args, own["loss"]) | own for name, own in LOSSES.items()}
 
 
-def with_heads(args, folders, name):
-    """The runs of all seeds, each with a second head "sn" or "npr", trained for args.head steps."""
-    plain = given(args, None) | dict(head=name, steps=args.head)
-    plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}
-    return [plot.trained(plain | dict(init=folder, seed=seed))
-            for seed, folder in enumerate(folders, args.seed)]
+def ways(args, folders, name):
+    """[(run, variance), ...]: how one of table's samplers draws from a loss's runs of all seeds."""
+    if name == "analytic":
+        networks = [plot.opened(args, folder) for folder in folders]
+        found = [evaluate.analytic_moments(*network) for network in networks]
+        return list(zip(folders, [analytic_covariance(*moments) for moments in found]))
+    if name in ("sn", "npr"):
+        plain = given(args, None) | dict(head=name, steps=args.head)
+        plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}
+        return [(plot.trained(plain | dict(init=folder, seed=seed)), name)
+                for seed, folder in enumerate(folders, args.seed)]
+    variance = name if name in evaluate.VARIANCES else None
+    return [(folder, variance) for folder in folders]
 
 
 def table(args):
@@ -62,13 +69,14 @@ def table(args):
     """
     (runs, judge), rows = plot.judged(args, variants(args)), []
     for name in plot.progress("samplers", args.samplers):
-        how, own = dict(sampler=name), runs
-        if name in evaluate.VARIANCES:
-            how = dict(sampler="ddpm", variance=name)
-        if name in ("sn", "npr"):
-            own = {loss: with_heads(args, folders, name) for loss, folders in runs.items()}
+        sampler = "ddpm" if name in evaluate.VARIANCES else name
+        own = {loss: ways(args, folders, name) for loss, folders in runs.items()}
         for T in args.T:
-            rows.append(dict(sampler=name, T=T) | judge.cells(own, steps=T, **how))
+            row = dict(sampler=name, T=T)
+            for loss, pairs in own.items():
+                found = [judge([run], sampler, T, variance=variance)[0] for run, variance in pairs]
+                row[loss], row[f"sd {loss}"] = plot.mean_and_sd(found)
+            rows.append(row)
     panels = [dict(where=("sampler", name), title=f"sampler {name}") for name in args.samplers]
     plot.show(args, f"Sequence-aware losses, by sampler: {judge.about}", rows, *panels, x="T",
               y=list(LOSSES), **judge.axes)
