@@ -38,8 +38,7 @@ def shared_runs(args):
 
 
 def pooled(found):
-    """The standard deviation over runs, pooled over {column: Judge's answer}, for two runs give a
-    poor one."""
+    """The standard deviation over runs, pooled over {column: Judge's answer}."""
     return math.sqrt(sum(sd ** 2 for _, sd, _ in found.values()) / len(found))
 
 
@@ -240,13 +239,14 @@ def truncation(args):
     """
     (runs, judge), rows = shared_runs(args), []
     (denoiser, options), g = plot.opened(args, runs[0]), torch.Generator().manual_seed(args.seed)
-    classes = evaluate.draw_labels(range(args.num), options)
-    own = None if classes is None else classes.to(options.device)
+    labels = evaluate.draw_labels(range(args.num), options)
+    if labels is not None:
+        labels = labels.to(options.device)
     noise = torch.randn(args.num, *options.shape, generator=g).to(options.device)
     for rho in plot.progress("values of rho", args.rho):
         schedule = EDM(rho=rho)
         samples = judge.cells(dict(samples=runs), "heun", args.N, schedule=schedule)
-        for errors in local_errors(partial(denoiser, labels=own), schedule.sigma_max * noise,
+        for errors in local_errors(partial(denoiser, labels=labels), schedule.sigma_max * noise,
                                    schedule.time_steps(args.N)[:-1]):
             rows.append(dict(rho=rho) | errors | samples)
     plot.show(args, f"Local truncation error by rho, {args.N} steps: {options.data}", rows,
@@ -289,8 +289,8 @@ def configs(args):
     for name, folders in runs.items():
         mean, sd, _ = judge(folders, "heun", 18, schedule=EDM())
         rows.append(dict(config=name, mean=mean, sd=sd))
-    plot.show(args, "EDM's changes to training: "
-              f"{judge.options.data}, {judge.options.steps} steps each", rows,
+    options = judge.options
+    plot.show(args, f"EDM's changes to training: {options.data}, {options.steps} steps each", rows,
               dict(y=dict(mean="mean of two seeds, and sd"), spread=dict(mean="sd"),
                    xlabel="each with all the changes before it", xscale="linear"), **judge.axes)
 

@@ -125,10 +125,8 @@ def compared(args, variants):
 
 
 class Judge:
-    """The distance of samples of runs to the data of one of them, `run`.
-
-    For `show`: axes, and about, the end of a title.
-    """
+    """The distance of samples of runs to the data of one of them, run.  For `show` it has the axes,
+    and `about`, the end of a title."""
 
     def __init__(self, args, run):
         _, options = opened(args, run)
@@ -154,8 +152,7 @@ class Judge:
         return *mean_and_sd(distances), mean_and_sd(calls)[0]
 
     def cells(self, runs, sampler, steps, **how):
-        """Cells of a row of a table, {name: mean, "sd name": standard deviation}; runs: {name:
-        folders}."""
+        """{name: mean, "sd name": standard deviation}, cells of a row; runs: {name: folders}."""
         cells = {}
         for name, own in runs.items():
             cells[name], cells[f"sd {name}"], _ = self(own, sampler, steps, **how)

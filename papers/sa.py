@@ -42,16 +42,15 @@ def given(args, loss):
 
 
 def variants(args):
-    """{loss: the options of its runs}."""
+    """{name: the options of its runs} for each of LOSSES."""
     return {name: given(args, own["loss"]) | own for name, own in LOSSES.items()}
 
 
 def ways(args, folders, name):
     """[(run, variance), ...]: how one of table's samplers draws from a loss's runs of all seeds."""
     if name == "analytic":
-        networks = [plot.opened(args, folder) for folder in folders]
-        found = [evaluate.analytic_moments(*network) for network in networks]
-        return list(zip(folders, [analytic_covariance(*moments) for moments in found]))
+        found = [evaluate.analytic_moments(*plot.opened(args, folder)) for folder in folders]
+        return [(folder, analytic_covariance(*own)) for folder, own in zip(folders, found)]
     if name in ("sn", "npr"):
         plain = given(args, None) | dict(head=name, steps=args.head)
         plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}

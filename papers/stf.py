@@ -21,7 +21,6 @@ import evaluate
 import train
 from losses import stf_target, stf_weights
 from papers import plot
-from papers.plot import mixture_mean
 from schedules import EDM, VE, VP
 
 SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
@@ -85,6 +84,7 @@ def variance(args):
     tenth of the data's variance, in phase 3 more than nine tenths.  The data are --num rows; for
     two Gaussians V takes their true law, of which D would be infinite.  Half a minute.
     """
+    levels, n = torch.tensor(sorted(args.levels), dtype=torch.float64), args.n[-1]
     for name in args.data:
         law = name.startswith("two-gaussians")
         pool, g = random_rows(args, name, None if law else args.num)
@@ -93,39 +93,33 @@ def variance(args):
 
         def exact(x, sigma):
             mean, divergence = posterior(x, sigma, rows)
-            return mixture_mean(x, sigma, means, 0.14) if law else mean, divergence
+            return plot.mixture_mean(x, sigma, means, 0.14) if law else mean, divergence
 
-        levels = torch.tensor(sorted(args.levels), dtype=torch.float64)
         noise = torch.randn(rows.shape, generator=g, dtype=torch.float64)
         V, D = target_variance(rows, noise, levels, [1, *args.n], pool, exact, g)
-        whole = pool.flatten(1).var(0, correction=0).sum()
+        (dsm, *stf), D = V.mean(0), D.mean(0)
+        seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
+        whole = pool.flatten(1).var(0, correction=0).sum()            # the data's own variance
+        phase = 1.0 + (dsm > 0.1 * whole).double() + (dsm > 0.9 * whole).double()
+        columns = {"V of D": dsm, "V of noise": dsm / levels ** 2,
+                   "V of scores": dsm / levels ** 4, "D(sigma)": D}
+        columns = {form: curve / curve.max() for form, curve in columns.items()}
+        columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, stf)}
+        columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
+                    "bound": (1 + 3 ** 0.5 * d * levels ** 2 * D.sqrt() / seen) / (n - 1),
+                    "phase": phase}
+        middle = levels[phase == 2].tolist() or [math.nan]
         args.command = f"variance-{Path(name).name}"
-        show_variance(args, name, levels, V.mean(0), D.mean(0), whole, d)
-
-
-def show_variance(args, name, levels, V, D, whole, d):
-    """V (1 + len(args.n), L), of which the first is V_DSM; D (L,); whole: the data's variance."""
-    n, dsm = args.n[-1], V[0]
-    seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
-    phase = 1.0 + (dsm > 0.1 * whole).double() + (dsm > 0.9 * whole).double()
-    columns = {"V of D": dsm, "V of noise": dsm / levels ** 2, "V of scores": dsm / levels ** 4,
-               "D(sigma)": D}
-    columns = {form: curve / curve.max() for form, curve in columns.items()}
-    columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
-    columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
-                "bound": (1 + 3 ** 0.5 * d * levels ** 2 * D.sqrt() / seen) / (n - 1),
-                "phase": phase}
-    middle = levels[phase == 2].tolist() or [math.nan]
-    plot.show(
-        args, f"{name}: how much the training target varies, by noise level; {args.num} noisy "
-        "samples", plot.rows_of(dict(sigma=levels, V_DSM=dsm) | columns),
-        dict(y=["V of D", "V of noise", "V of scores", "D(sigma)"], ylim=(1e-4, 5),
-             ylabel="V and D, each over its maximum",
-             title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
-        dict(y=[f"n = {size}" for size in args.n], ylabel="V_STF/V_DSM",
-             title="variance that n references leave"),
-        dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
-                f"n = {n}": "V_STF"}, ylabel="over V_DSM", title=f"Theorem 2, n = {n}"))
+        plot.show(
+            args, f"{name}: how much the training target varies, by noise level; {args.num} noisy "
+            "samples", plot.rows_of(dict(sigma=levels, V_DSM=dsm) | columns),
+            dict(y=["V of D", "V of noise", "V of scores", "D(sigma)"], ylim=(1e-4, 5),
+                 ylabel="V and D, each over its maximum",
+                 title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
+            dict(y=[f"n = {size}" for size in args.n], ylabel="V_STF/V_DSM",
+                 title="variance that n references leave"),
+            dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
+                    f"n = {n}": "V_STF"}, ylabel="over V_DSM", title=f"Theorem 2, n = {n}"))
 
 
 # ---- Effective sample size -----------------------------------------------------------------------
