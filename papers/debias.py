@@ -63,7 +63,7 @@ def variants(args, weights):
 
 
 def table(args):
-    """Samples of five weights, by the number of sampling steps T (DB figures 1, 6-8, tables 1-3).
+    """Distances of samples by weight and number of sampling steps T (DB figs. 1, 6-8, tables 1-3).
 
     Also in the course of training, in --early steps.  A second picture has images.  --sampler ddim:
     figure 8.  15 minutes.
@@ -89,7 +89,7 @@ def table(args):
 
 
 def targets(args):
-    """Networks that predict eps, x0 or v, under three weights (DB table 4).
+    """Distances of samples of networks that predict eps, x0 or v, by weight (DB table 4).
 
     The weights are those on |eps_hat - eps|^2, whatever the network predicts: constant is the plain
     loss of a network that predicts eps, inverse-snr of one that predicts x0.  25 minutes.

@@ -77,8 +77,10 @@ def denoise(args):
         panels.append((f"sigma {sigma:g}", evaluate.to_uint8(two)))
     title = f"How far denoised images are from the clean image and from the mean: {options.data}"
     plot.show(args, title, rows,
-              dict(y=["ideal - x0", "ideal - mean"], title="ideal denoiser"),
-              dict(y=["net - x0", "net - mean", "net - ideal"], title="trained network"),
+              dict(y={"ideal - x0": "to the clean image", "ideal - mean": "to the data's mean"},
+                   title="ideal denoiser"),
+              dict(y={"net - x0": "to the clean image", "net - mean": "to the data's mean",
+                      "net - ideal": "to the ideal denoiser"}, title="trained network"),
               ylabel="rms distance", yscale="linear", marker=".")
     if x0.ndim == 4:
         plot.pictures(args, "images", panels, ["noisy, scaled", "ideal", "network"] * len(x0[:2]))

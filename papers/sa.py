@@ -61,7 +61,7 @@ def ways(args, folders, name):
 
 
 def table(args):
-    """Samples of dsm and SA-2, -3, -4, by sampler and number of steps T (SA tables 1-4).
+    """Distances of samples after dsm and SA-2, -3, -4, by sampler and steps T (SA tables 1-4).
 
     The samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
     NPR-DPM's, whose second heads are trained afterwards in --head steps.  20 minutes on two cores.
@@ -82,7 +82,10 @@ def table(args):
 
 
 def ablation(args):
-    """Samples of SA-K with ddpm, by the weight lam of its second term (SA table 4).  25 minutes."""
+    """Distances of samples by ddpm, by the weight lam of SA-K's second term (SA table 4).
+
+    25 minutes, beside those of table.
+    """
     losses = dict(dsm=given(args, "dsm") | LOSSES["dsm"])
     for K, lam in itertools.product(args.K, args.lam):
         losses[K, lam] = given(args, "sa") | dict(loss="sa", K=K, lam=lam)
