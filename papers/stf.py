@@ -21,6 +21,7 @@ import evaluate
 import train
 from losses import stf_target, stf_weights
 from papers import plot
+from papers.plot import mixture_mean
 from schedules import EDM, VE, VP
 
 SIGMAS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0,
@@ -93,7 +94,7 @@ def variance(args):
 
         def exact(x, sigma):
             mean, divergence = posterior(x, sigma, rows)
-            return plot.mixture_mean(x, sigma, means, 0.14) if law else mean, divergence
+            return mixture_mean(x, sigma, means, 0.14) if law else mean, divergence
 
         noise = torch.randn(rows.shape, generator=g, dtype=torch.float64)
         V, D = target_variance(rows, noise, levels, [1, *args.n], pool, exact, g)

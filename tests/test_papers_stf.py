@@ -37,7 +37,7 @@ def test_mixture_mean_is_the_integral_over_the_posterior():
     x, sigma = tensor([-1.0], [0.0], [0.3], [0.7]), torch.full((4, 1), 0.3).double()
     prior = density(y, 0.5, 0.14 ** 2) + density(y, -0.4, 0.14 ** 2)
     weight = (prior * density(x.T, y, sigma.T ** 2)).T                            # (4, count)
-    mean = plot.mixture_mean(x, sigma, tensor([0.5], [-0.4]), 0.14)
+    mean = stf.mixture_mean(x, sigma, tensor([0.5], [-0.4]), 0.14)
     close(mean, weight @ y / weight.sum(1, keepdim=True), rtol=1e-6)
 
 
