@@ -2,14 +2,13 @@
 
     python -m papers.debias table                       from the repository's root
 
-Source: Yu et al. 2024, "Unmasking Bias in Diffusion Model Training" (DB).  DDPM predicts the noise,
-and weighs |eps_hat - eps|^2 the same at each noise level.  A prediction stands for the image
+Source: Yu et al. 2024, "Unmasking Bias in Diffusion Model Training" (DB).  DDPM weighs the error of
+the predicted noise, |eps_hat - eps|^2, the same at each noise level.  The error of the image is
 
-    x0_hat = x - sigma eps_hat,    so    x0_hat - x0 = sigma (eps - eps_hat)         (eq. 6, 7)
+    x0_hat - x0 = sigma (eps - eps_hat)                                              (eq. 6, 7)
 
-with sigma = 1/sqrt(SNR), from .01 at t = 1 to 157 at t = 1000: where sampling begins, a small error
-of eps_hat is a large error of the image.  Debias takes this factor as the weight,
-sigma |eps_hat - eps|^2 (eq. 8).  Runs here predict the noise, on DDPM's ladder, as the paper's do.
+where sigma, 1/sqrt(SNR), is .01 at t = 1 and 157 at t = 1000, where sampling begins.  Debias takes
+it as the weight (eq. 8).  Runs here predict the noise, on DDPM's ladder, as the paper's do.
 inverse-snr is the weight that the paper calls SNR.
 """
 
@@ -35,7 +34,7 @@ def bound_weights(levels):
         corrected   beta_t / (2 (1 - beta_t)(1 - ab_t))
 
     with ab the product of all 1 - beta up to t.  The paper's last line drops the factor 1/(2 v) of
-    the line before it, where v is the variance of the reverse step.  DDPM has v = beta_t.
+    the line before it, where v is the variance of the reverse step, DDPM's beta_t.
     """
     ab = 1 / (1 + levels ** 2)
     beta = 1 - ab / torch.cat([ab.new_ones(1), ab[:-1]])
@@ -44,21 +43,15 @@ def bound_weights(levels):
 
 
 def weights(args):
-    """The paper's weights by t, and the variational bound's (DB figures 2 and 5, eq. 5, 8, 13).
-
-    And the share of each weight that the levels up to t carry.  A second.
-    """
+    """The paper's weights and the variational bound's, by t (DB figures 2 and 5, eq. 5, 8, 13)."""
     on_eps = {name: WEIGHTS[name](LEVELS) * LEVELS ** 2 for name in NAMES}
     on_eps["bound, as printed"], on_eps["bound, corrected"] = bound_weights(LEVELS)
     shares = {f"share: {name}": w.cumsum(0) / w.sum() for name, w in on_eps.items()}
-    rows = torch.stack([LEVELS, *on_eps.values(), *shares.values()], 1).tolist()
-    plot.show(
-        args, ["t", "sigma", *on_eps, *shares], [[t, *row] for t, row in enumerate(rows, 1)],
-        [dict(y=list(on_eps), ylabel="weight on |eps_hat - eps|^2"),
-         dict(y=dict(zip(shares, on_eps)), ylabel="share of the weight at levels up to t",
-              yscale="linear")],
-        "Weights of the loss by noise level, on DDPM's ladder of 1000 levels", xlabel="time step t",
-        xscale="linear")
+    columns = dict(t=torch.arange(1, len(LEVELS) + 1), sigma=LEVELS) | on_eps | shares
+    plot.show(args, "Weights of the loss by noise level, on DDPM's ladder of 1000 levels",
+              plot.rows_of(columns), dict(y=list(on_eps), ylabel="weight on |eps_hat - eps|^2"),
+              dict(y=dict(zip(shares, on_eps)), ylabel="share of the weight at levels up to t",
+                   yscale="linear"))
 
 
 # ---- Distances -----------------------------------------------------------------------------------
@@ -70,78 +63,65 @@ def variants(args, weights):
 
 
 def table(args):
-    """Samples of five weights, by the number of sampling steps T (DB figures 1, 6-8, tables 1-3).
+    """Distances of samples by weight and number of sampling steps T (DB figs. 1, 6-8, tables 1-3).
 
-    Frechet distances to the data, mean and standard deviation over seeds; less is better.  Also in
-    the course of training, in --early steps.  A second picture has images.  --sampler ddim: figure
-    8.  15 minutes.
+    Also in the course of training, in --early steps.  A second picture has images.  --sampler ddim:
+    figure 8.  15 minutes.
     """
-    def draws(name, folder):
+    (runs, judge), rows = plot.judged(args, variants(args, args.weights)), []
+    for T in plot.progress("numbers of steps", args.T):
+        rows.append(dict(T=T, step=None) | judge.cells(runs, args.sampler, T))
+    saved = {name: [evaluate.checkpoints(run) for run in own] for name, own in runs.items()}
+    last = len(saved[args.weights[0]][0]) - 1
+    for k in plot.progress("checkpoints", [*range(1, last, 2), last]):
+        early = {name: [paths[k] for paths in own] for name, own in saved.items()}
+        step = evaluate.load_checkpoint(early[args.weights[0]][0])["step"]
+        rows.append(dict(T=None, step=step) | judge.cells(early, args.sampler, args.early))
+    plot.show(args, f"Weight of the loss by noise level: {judge.about}, sampler {args.sampler}",
+              rows, dict(x="T"), dict(x="step", xlabel=f"training steps, at T = {args.early}"),
+              y=args.weights, **judge.axes)
+    if len(judge.options.shape) == 3:
+        networks, panels = [plot.opened(args, folders[0]) for folders in runs.values()], []
         for T in args.T:
-            yield (T, None), folder, dict(sampler=args.sampler, steps=T)
-        saved = evaluate.checkpoints(folder)
-        for path in [*saved[1:-1:2], saved[-1]]:
-            step = evaluate.load_checkpoint(path)["step"]
-            yield (None, step), path, dict(sampler=args.sampler, steps=args.early)
-
-    given = variants(args, args.weights)
-    found, judge = plot.distances(args, given, draws)
-    options = judge.options
-    plot.show(
-        args, ["T", "step", *plot.with_sd(args.weights)],
-        [[*case, *plot.cells(values, args.weights)] for case, values in found.items()],
-        [dict(x="T", xlabel="sampling steps T"),
-         dict(x="step", xlabel=f"training steps, at T = {args.early}", xscale="linear")],
-        f"Weight of the loss by noise level: {options.data}, {options.steps} training steps, "
-        f"sampler {args.sampler}", y=args.weights, **judge.axes)
-    if len(options.shape) == 3:
-        runs = [plot.opened(args, plot.trained(own, seed=args.seed)) for own in given.values()]
-        panels = []
-        for T in args.T:
-            drawn = [evaluate.generate(*run, range(4), args.sampler, T) for run in runs]
+            drawn = [evaluate.generate(*run, range(4), args.sampler, T) for run in networks]
             panels.append((f"T = {T}", evaluate.to_uint8(torch.cat(drawn))))
         plot.pictures(args, "samples", panels, args.weights)
 
 
 def targets(args):
-    """Networks that predict eps, x0 or v, under three weights (DB table 4).
+    """Distances of samples of networks that predict eps, x0 or v, by weight (DB table 4).
 
     The weights are those on |eps_hat - eps|^2, whatever the network predicts: constant is the plain
-    loss of a network that predicts eps, inverse-snr of one that predicts x0.  The paper has one
-    weight for x0 and v.  25 minutes.
+    loss of a network that predicts eps, inverse-snr of one that predicts x0.  25 minutes.
     """
-    def draws(name, folder):
-        for T in args.T:
-            yield T, folder, dict(sampler="ddpm", steps=T)
-
     given = {}
     for target in args.targets:
         change = {} if target == "eps" else dict(precondition=target)     # the schedule's is eps
         for weight, own in variants(args, args.weights).items():
             given[target, weight] = own | change
-    found, judge = plot.distances(args, given, draws)
-    columns, rows, panels = ["weight"], [[weight] for weight in args.weights], []
-    for T, values in found.items():
-        names = {f"{target}, T = {T}": target for target in args.targets}
-        columns += plot.with_sd(names)
-        panels.append(dict(y=names, title=f"T = {T} sampling steps"))
-        for row in rows:
-            row += plot.cells(values, [(target, row[0]) for target in args.targets])
-    plot.show(args, columns, rows, panels, f"What the network predicts, by weight of the loss: "
-              f"{judge.options.data}, {judge.options.steps} training steps", xscale="linear",
-              xlabel="weight of the loss", **judge.axes)
+    (runs, judge), rows = plot.judged(args, given), []
+    for weight in plot.progress("weights", args.weights):
+        row = dict(weight=weight)
+        for T in args.T:
+            own = {f"{target}, T = {T}": runs[target, weight] for target in args.targets}
+            row |= judge.cells(own, "ddpm", T)
+        rows.append(row)
+    panels = [dict(y={f"{target}, T = {T}": target for target in args.targets},
+                   title=f"T = {T} sampling steps") for T in args.T]
+    plot.show(args, f"What the network predicts, by weight of the loss: {judge.about}", rows,
+              *panels, xscale="linear", xlabel="weight of the loss", **judge.axes)
 
 
 # ---- Errors by noise level -----------------------------------------------------------------------
 
 def errors_by_t(denoisers, x0, error, seed):
-    """Rows t, sigma, error(D, x0, sigma) of each denoiser, all with the same noise."""
+    """Rows {t, sigma, name: error(D, x0, sigma) of each denoiser}, all with the same noise."""
     g, rows = torch.Generator().manual_seed(seed), []
     for t in plot.progress("noise levels", range(1, len(LEVELS) + 1, 27)):
         sigma = x0.new_full((len(x0), *[1] * (x0.ndim - 1)), LEVELS[t - 1].item())
         x = x0 + sigma * torch.randn(x0.shape, generator=g).to(x0)
-        errors = [error(denoise(x, sigma), x0, sigma) for denoise in denoisers.values()]
-        rows.append([t, LEVELS[t - 1].item(), *errors])
+        errors = {name: error(D(x, sigma), x0, sigma) for name, D in denoisers.items()}
+        rows.append(dict(t=t, sigma=LEVELS[t - 1].item()) | errors)
     return rows
 
 
@@ -151,55 +131,48 @@ def noise_error(D, x0, sigma):
 
 
 def colour_error(D, x0, sigma):
-    """The distance of two images' mean colours; of points, whose coordinates are their colour."""
+    """The distance of two images' mean colours, or of two points."""
     apart = (D - x0).double().reshape(*x0.shape[:2], -1).mean(2)                  # (B, C)
     return apart.norm(dim=1).mean().item()
 
 
 def initial(x, sigma):
-    """The denoiser whose eps_hat is the network's own input, x/sqrt(1 + sigma^2)."""
+    """The denoiser whose eps_hat is the network's own input, x/sqrt(1 + sigma^2).  With ab =
+    1/(1 + sigma^2) its error is ab E|x0|^2/d + (1 - sqrt(1 - ab))^2."""
     return x - sigma * x / (1 + sigma ** 2).sqrt()
 
 
 def mse(args):
     """The error of eps_hat by t, of five weights and of the input x_t (DB figures 4, 10).
 
-    The input as a guess of the noise, "initial", has, with ab = 1/(1 + sigma^2), the error
-
-        E |x_t - eps|^2/d = ab E|x0|^2/d + (1 - sqrt(1 - ab))^2
-
-    A minute, and the training of table.  --runs: other runs, on one set of data.
+    "initial" takes the input x_t as its guess of the noise.  A minute, and the training of table.
+    --runs: other runs, on one set of data.
     """
     runs, x0, _, options = plot.compared(args, variants(args, NAMES))
     denoisers = dict(initial=initial) | runs
     rows = errors_by_t(denoisers, x0, noise_error, args.seed)
-    rows = [[*row, *(error / row[2] for error in row[2:])] for row in rows]
     ratios = {f"{name}/initial": name for name in denoisers}
-    plot.show(
-        args, ["t", "sigma", *denoisers, *ratios], rows,
-        [dict(y=list(denoisers), ylabel="|eps_hat - eps|^2/d"),
-         dict(y=ratios, ylabel="the same over that of the input")],
-        f"Error of the predicted noise, by weight of the loss: held-out {options.data}",
-        xlabel="time step t", xscale="linear")
+    for row in rows:
+        row |= {ratio: row[name] / row["initial"] for ratio, name in ratios.items()}
+    plot.show(args, f"Error of the predicted noise, by weight of the loss: held-out {options.data}",
+              rows, dict(y=list(denoisers), ylabel="|eps_hat - eps|^2/d"),
+              dict(y=ratios, ylabel="the same over that of the input"))
 
 
 def onestep(args):
     """One-step estimates x0_hat of five weights, and the error of their colour (DB figures 3, 12).
 
-        x0_hat = D(x0 + sigma eps; sigma),    error = |mean colour of x0_hat - that of x0|
-
-    At large t x hardly tells of x0, and no denoiser knows the colour: the posterior mean over the
-    training set shows how much is known (at small t it is the nearest image of that set).  A second
-    picture has the images.  A minute, and the training of table.  --runs: as in mse.
+    x0_hat is D(x0 + sigma eps; sigma).  The posterior mean over the training set shows how much of
+    the colour x tells at large t; at small t it is the nearest image of that set.  A second picture
+    has the images.  A minute, and the training of table.  --runs: as in mse.
     """
     denoisers, x0, labels, options = plot.compared(args, variants(args, NAMES))
     denoisers["posterior mean"] = plot.data_mean(options, labels)
-    plot.show(
-        args, ["t", "sigma", *denoisers], errors_by_t(denoisers, x0, colour_error, args.seed),
-        [dict(ylabel="distance of the mean colours, in [-1, 1]"),
-         dict(ylabel="the same, large t alone", yscale="linear", xlim=(600, 1000))],
-        f"Colour of one-step estimates, by weight of the loss: held-out {options.data}",
-        y=list(denoisers), xlabel="time step t", xscale="linear")
+    plot.show(args, f"Colour of one-step estimates, by weight of the loss: held-out {options.data}",
+              errors_by_t(denoisers, x0, colour_error, args.seed),
+              dict(ylabel="distance of the mean colours, in [-1, 1]"),
+              dict(ylabel="the same, large t alone", yscale="linear", xlim=(600, 1000)),
+              y=list(denoisers))
     if x0.ndim == 4:
         g, panels = torch.Generator().manual_seed(args.seed), []
         noise = torch.randn(x0.shape, generator=g).to(x0)

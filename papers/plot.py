@@ -1,10 +1,7 @@
 """papers/plot.py: what the papers' commands share: options, trained runs, tables, pictures.
 
-    python -m papers.debias table --steps 750           from the repository's root
-
 A command is a function of its arguments.  It computes rows and calls `show`, which prints a table,
 writes papers/results/PAPER-COMMAND.csv and, where matplotlib is installed, draws the .png.
-Options that a command does not know go to train.py's runs.
 """
 
 import csv
@@ -26,19 +23,24 @@ from evaluate import BadInput, Progress
 from losses import stf_target
 
 RESULTS = str(Path(__file__).parent / "results")
+AXES = {            # what columns have if they are x
+    "sigma": dict(xlabel="noise level sigma"),
+    "t": dict(xlabel="time step t", xscale="linear"),
+    "T": dict(xlabel="sampling steps T"),
+    "step": dict(xlabel="training steps", xscale="linear")}
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 def main(paper, commands, argv=None):
-    """The command line of a paper's file.
+    """The command line of a paper's file, of commands {name: (function, {argument: default})}.
 
-    commands: {name: (function, {argument: default})}.  The type of an option is that of its
-    default; a list takes several values; None is a path.  The function gets the arguments as
-    attributes, with args.paper, args.command and args.options, a dict for train.Options.
+    The type of an option is that of its default; a list takes several values; None is a path.  A
+    function gets args.paper, args.command and args.options, a dict for train.Options, as well.
     """
     p = evaluate.Parser(prog=f"python -m papers.{paper}", description="Figures and tables of the "
-                        "paper.  Options that a command does not know go to train.py's runs.")
+                        "paper.  Distances are Frechet distances of samples to the data: less is "
+                        "better.  Options that a command does not know go to train.py's runs.")
     known = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, arguments) in commands.items():
         own = known.add_parser(name, help=function.__doc__.split("\n")[0],
@@ -70,12 +72,9 @@ def progress(what, items):
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
-def trained(given, **own):
-    """The folder of a run with these options, trained now, or kept from an earlier command.
-
-    given: options for all runs of a command; own: those of this run, which win.
-    """
-    options = dict(data="digits") | given | own
+def trained(options):
+    """The folder of a run with these options, trained now, or kept from an earlier command."""
+    options = dict(data="digits") | options
     key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:10]
     name = "-".join(str(options.get(n, "")) for n in ("data", "loss", "schedule", "weight", "seed"))
     folder = f"plots/runs/{name.replace('/', '_')}-{key}"
@@ -88,6 +87,15 @@ def trained(given, **own):
         train.run(train.Options(**options | dict(out=folder)), brief=True)
     Path(folder, "done").touch()
     return folder
+
+
+def judged(args, variants):
+    """Runs of the options {name: options}, args.seeds of each, as {name: folders}; their Judge."""
+    runs = {name: [] for name in variants}
+    seeds = range(args.seed, args.seed + args.seeds)
+    for name, seed in progress("runs", list(itertools.product(variants, seeds))):
+        runs[name].append(trained(variants[name] | dict(seed=seed)))
+    return runs, Judge(args, runs[name][0])
 
 
 def opened(args, run):
@@ -104,7 +112,7 @@ def compared(args, variants):
     """
     folders = {folder: folder for folder in args.runs}
     if not folders:
-        folders = {name: trained(own, seed=args.seed) for name, own in variants.items()}
+        folders = {name: trained(own | dict(seed=args.seed)) for name, own in variants.items()}
     runs = {name: opened(args, folder) for name, folder in folders.items()}
     options = next(iter(runs.values()))[1]
     for name, (_, own) in runs.items():
@@ -117,29 +125,25 @@ def compared(args, variants):
 
 
 class Judge:
-    """The distance of samples of runs to the data, on which all of them were trained.
+    """The distance of samples of runs to the data of one of them, run.  For `show` it has the axes,
+    and `about`, the end of a title."""
 
-    runs: folders, or checkpoints in them.  like: a Judge of runs on the same data.  Its axes are
-    for `show`.
-    """
-
-    def __init__(self, args, runs, like=None):
-        self.runs = [opened(args, run) for run in runs]
-        self.options, self.num = self.runs[0][1], args.options.get("fid_num", 128)
-        self.features = like.features if like else evaluate.extractor(
-            self.options.fid_features, self.options.shape, self.options.data_dir,
-            self.options.device)
-        self.real = like.real if like else evaluate.real_statistics(
-            evaluate.run_data(self.options), self.num, self.features)
-        self.floor = self.real["floor"]
+    def __init__(self, args, run):
+        _, options = opened(args, run)
+        self.args, self.options, self.num = args, options, args.options.get("fid_num", 128)
+        self.features = evaluate.extractor(options.fid_features, options.shape, options.data_dir,
+                                           options.device)
+        self.real = evaluate.real_statistics(evaluate.run_data(options), self.num, self.features)
         label = f"Frechet distance of {self.num} samples, by {self.features[0]}"
-        self.axes = dict(ylabel=label, floor=self.floor, marker="o")
+        self.axes = dict(ylabel=label, floor=self.real["floor"], marker="o")
+        self.about = f"{options.data}, {options.steps} training steps"
 
-    def __call__(self, sampler, steps, **how):
-        """Over the runs: the distance's mean and standard deviation; the number of function
-        evaluations (NFE), calls of D for a sample."""
+    def __call__(self, runs, sampler, steps, **how):
+        """Over the runs, folders or checkpoints: the distance's mean and standard deviation; the
+        number of function evaluations (NFE), calls of D for a sample."""
         distances, calls = [], []
-        for denoiser, options in self.runs:
+        for run in runs:
+            denoiser, options = opened(self.args, run)
             counted = evaluate.Counted(denoiser)
             distances.append(evaluate.run_distance(
                 counted, options, range(self.num), self.features, self.real, sampler=sampler,
@@ -147,41 +151,18 @@ class Judge:
             calls.append(counted.rows / self.num)
         return *mean_and_sd(distances), mean_and_sd(calls)[0]
 
-
-def distances(args, variants, draws):
-    """How far samples of runs are from the data: {case: {name: (mean, sd, NFE)}} over the seeds.
-
-    variants: {name: options of its runs}, trained with args.seeds seeds.  draws(name, folder):
-    yields (case, the run or checkpoint to sample, Judge's arguments).  Also returns the last Judge.
-    """
-    found, judge = {}, None
-    seeds = range(args.seed, args.seed + args.seeds)
-    for name, seed in progress("runs", list(itertools.product(variants, seeds))):
-        folder = trained(variants[name], seed=seed)
-        for case, path, how in draws(name, folder):
-            judge = Judge(args, [path], judge)
-            found.setdefault(case, {}).setdefault(name, []).append(judge(**how))
-    for values in found.values():
-        for name, of_seeds in values.items():
-            distance, _, calls = zip(*of_seeds)
-            values[name] = *mean_and_sd(distance), mean_and_sd(calls)[0]
-    return found, judge
+    def cells(self, runs, sampler, steps, **how):
+        """{name: mean, "sd name": standard deviation}, cells of a row; runs: {name: folders}."""
+        cells = {}
+        for name, own in runs.items():
+            cells[name], cells[f"sd {name}"], _ = self(own, sampler, steps, **how)
+        return cells
 
 
 def mean_and_sd(values):
     """The mean and the standard deviation over seeds of a list of numbers; 0 for a single one."""
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
-
-
-def with_sd(names):
-    """The columns of means and standard deviations: "name", "sd name" for each of the names."""
-    return [column for name in names for column in (name, f"sd {name}")]
-
-
-def cells(values, names):
-    """What stands in these columns: values is {name: (mean, sd, ...)}."""
-    return [cell for name in names for cell in values[name][:2]]
 
 
 # ---- Posterior means, and levels in training -----------------------------------------------------
@@ -215,15 +196,23 @@ def log_density(schedule, levels):
 
 # ---- Table, CSV, picture -------------------------------------------------------------------------
 
-def show(args, columns, rows, panels, title, **shared):
+def rows_of(columns):
+    """The rows of a table out of {column: (n,) numbers}; NaN gives an empty cell."""
+    table = torch.stack([torch.as_tensor(column) for column in columns.values()], 1).tolist()
+    table = [[None if math.isnan(cell) else cell for cell in row] for row in table]
+    return [dict(zip(columns, row)) for row in table]
+
+
+def show(args, title, rows, *panels, **shared):
     """A result as a table on the terminal, as a CSV, and, with matplotlib, as a picture.
 
-    rows: lists of numbers and words, one for each of columns.  panels: one dict for each set of
-    axes, see `axes`; shared: what holds for all of them.  title: what is compared, on which data.
+    title: what is compared, on which data.  rows: {column: number, word or None}, all with the same
+    columns.  panels: the arguments of `axes` for each set of axes; shared: those for all of them.
     """
     print(f"\n{title}\n")
     step = math.ceil(len(rows) / 30)
-    table = [columns] + [[text(cell, 4) for cell in row] for row in [*rows[:-1:step], rows[-1]]]
+    table = [[text(cell, 4) for cell in row.values()] for row in [*rows[:-1:step], rows[-1]]]
+    table.insert(0, list(rows[0]))
     width = [max(11, 2 + max(map(len, column))) for column in zip(*table)]
     for row in table:
         print("".join(f"{cell:>{w}}" for cell, w in zip(row, width)))
@@ -231,9 +220,9 @@ def show(args, columns, rows, panels, title, **shared):
         print(f"\nas many real samples: {shared['floor']:.4g}")
     path = f"{args.out}/{args.paper}-{args.command}"
     with open(f"{path}.csv", "w", newline="") as file:
-        csv.writer(file).writerows([columns, *([text(c, 6) for c in row] for row in rows)])
+        csv.writer(file).writerows([rows[0], *([text(c, 6) for c in row.values()] for row in rows)])
     print(f"\n{path}.csv" + (f" has all {len(rows)} rows" if step > 1 else ""))
-    draw(f"{path}.png", columns, rows, panels, title, **shared)
+    draw(f"{path}.png", title, rows, *panels, **shared)
 
 
 def text(cell, digits):
@@ -241,7 +230,7 @@ def text(cell, digits):
     return "" if cell is None else f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell)
 
 
-def draw(path, columns, rows, panels, title, **shared):
+def draw(path, title, rows, *panels, **shared):
     """The panels as a PNG, at most three side by side, if matplotlib is installed."""
     try:
         from matplotlib import figure, ticker
@@ -252,7 +241,9 @@ def draw(path, columns, rows, panels, title, **shared):
     page = figure.Figure(figsize=(max(9, 5.2 * wide), 4.2 * high))
     for i, panel in enumerate(panels):
         ax = page.add_subplot(high, wide, i + 1)
-        axes(ax, columns, rows, shared | panel)
+        given = shared | panel
+        x = given.pop("x", next(iter(rows[0])))
+        axes(ax, rows, x, **AXES.get(x, {}) | given)
         for axis, limits in (ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim()):
             if axis.get_scale() == "log":                                      # 20, not 2 x 10^1
                 axis.set_major_formatter("{x:g}")
@@ -269,37 +260,35 @@ def draw(path, columns, rows, panels, title, **shared):
     print(path)
 
 
-def axes(ax, columns, rows, panel):
-    """One set of axes.  panel: y, columns, as a list or {column: label}; where wanted x (a column;
-    else the first), where (a column and its value in the rows of this panel), by (a column: a curve
-    for each of its values), spread ({column: that of its standard deviations}, if not "sd COLUMN"),
-    floor (a number: what real data get), marker, and what matplotlib's `set` has."""
-    panel = dict(x=columns[0], xscale="log", yscale="log") | panel
-    x, by = panel["x"], panel.get("by")
-    names = panel["y"] if isinstance(panel["y"], dict) else {name: name for name in panel["y"]}
-    column, value = panel.get("where", (x, None))
-    rows = [dict(zip(columns, row)) for row in rows]
-    rows = [row for row in rows if value is None or row[column] == value]
+def axes(ax, rows, x, y, where=None, by=None, spread={}, floor=None, marker=None, xscale="log",
+         yscale="log", **words):
+    """One set of axes, with a curve for each of the columns y, a list or {column: label}.
+
+    x: a column; if not given, the first.  where: a column and its value in the rows to be drawn.
+    by: a column; each of its values has a curve.  spread: {column: that of its standard deviation},
+    if not "sd COLUMN".  floor: what real data get.  words: what matplotlib's `set` takes.
+    """
+    names = y if isinstance(y, dict) else {name: name for name in y}
     curves = {}
     for name, label in names.items():
         for row in rows:
             if by:
                 kind = row[by] if isinstance(row[by], str) else f"{by} = {row[by]:g}"
                 label = f"{names[name]}, {kind}" if len(names) > 1 else kind
-            if row[x] is not None and row[name] is not None:
+            wanted = where is None or row[where[0]] == where[1]
+            if wanted and row[x] is not None and row[name] is not None:
                 curves.setdefault((name, label), []).append(row)
-    ax.set(xscale=panel["xscale"], yscale=panel["yscale"])     # later would undo words on an axis
+    ax.set(xscale=xscale, yscale=yscale)                       # later would undo words on an axis
     for i, ((name, label), own) in enumerate(curves.items()):
-        sd = panel.get("spread", {}).get(name, f"sd {name}")
+        sd = spread.get(name, f"sd {name}")
         ax.errorbar([row[x] for row in own], [row[name] for row in own],
-                    [row[sd] for row in own] if sd in columns else None, capsize=3, label=label,
+                    [row[sd] for row in own] if sd in own[0] else None, capsize=3, label=label,
                     linestyle=["-", "--", "-.", ":"][i % 4], linewidth=3 - 2 * i / len(curves),
-                    marker=panel.get("marker"))
-    if "floor" in panel:
-        ax.axhline(panel["floor"], color="black", linewidth=0.8, linestyle=":",
-                   label=f"floor: real data, {panel['floor']:.3g}")
-    known = "xlabel", "ylabel", "title", "xlim", "ylim"
-    ax.set(**{name: panel[name] for name in known if name in panel})
+                    marker=marker)
+    if floor is not None:
+        ax.axhline(floor, color="black", linewidth=0.8, linestyle=":",
+                   label=f"floor: real data, {floor:.3g}")
+    ax.set(**words)
     ax.grid(alpha=0.3)
 
 

@@ -2,19 +2,15 @@
 
     python -m papers.sa table                           from the repository's root
 
-Source: Nguyen et al. 2024, "On Inference Stability for Diffusion Models" (SA).  A sampler takes a
-step from each noise level to the next, and the errors of all steps add up: at the end it is off by
+Source: Nguyen et al. 2024, "On Inference Stability for Diffusion Models" (SA).  The errors of all
+steps of a sampler add up, to d.  dsm, plain score matching, asks that each error be small.  SA-K
+(losses.sa_loss) also asks that K consecutive ones cancel:
 
     d = sum_i tau_i (eps_hat_i - eps_i)                                              (Theorem 1)
-
-DDPM's loss asks that each error be small.  SA-K also asks that K consecutive ones cancel:
-
     L = |eps_hat_t - eps_t|^2 + lam |1/K sum_s tau_s (eps_hat_s - eps_s)|^2          (sec. 3.2)
 
-Published: tau = 1, an independent noise for each level, lam = 1, .3, .2 for K = 2, 3, 4.  Runs
-here have constant weights, DDPM's ladder and equal numbers of steps, as the paper's; a step of SA-K
-costs about K steps of dsm, plain score matching.  train.py's --tau, --level-noise and --windows
-apply to the runs of SA-K.
+Runs have constant weights, DDPM's ladder and equal numbers of steps, as the paper's; a step of SA-K
+costs about K steps of dsm.  train.py's --tau, --level-noise and --windows apply to SA-K alone.
 """
 
 import itertools
@@ -37,7 +33,7 @@ LOSSES = {"dsm": dict(loss="dsm"), "SA-2": dict(loss="sa", K=2, lam=1.0),
 # ---- Distances -----------------------------------------------------------------------------------
 
 def given(args, loss):
-    """The options of a run with this loss, but for the loss: the user's, where they apply."""
+    """The options of a run with this loss: the user's, where they apply to it."""
     options = dict(schedule="ddpm", weight="constant", steps=400, eval_every=0)
     for name, value in args.options.items():
         if train.BELONGS.get(name) in (None, ("loss", loss)):
@@ -46,65 +42,60 @@ def given(args, loss):
 
 
 def variants(args):
-    """{loss: the options of its runs}."""
+    """{name: the options of its runs} for each of LOSSES."""
     return {name: given(args, own["loss"]) | own for name, own in LOSSES.items()}
 
 
-def way(args, folder, name):
-    """Whose weights draw the samples of a run, and how, by one of table's samplers."""
-    if name in ("ddpm", "ddim"):
-        return folder, dict(sampler=name)
-    network, options = plot.opened(args, folder)
+def ways(args, folders, name):
+    """[(run, variance), ...]: how one of table's samplers draws from a loss's runs of all seeds."""
     if name == "analytic":
-        moments = evaluate.analytic_moments(network, options)
-        return folder, dict(sampler="ddpm", variance=analytic_covariance(*moments))
-    plain = given(args, None) | dict(steps=args.head)
-    plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}
-    folder = plot.trained(plain, head=name, init=folder, seed=options.seed)
-    return folder, dict(sampler="ddpm", variance=name)
+        found = [evaluate.analytic_moments(*plot.opened(args, folder)) for folder in folders]
+        return [(folder, analytic_covariance(*own)) for folder, own in zip(folders, found)]
+    if name in ("sn", "npr"):
+        plain = given(args, None) | dict(head=name, steps=args.head)
+        plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}
+        return [(plot.trained(plain | dict(init=folder, seed=seed)), name)
+                for seed, folder in enumerate(folders, args.seed)]
+    variance = name if name in evaluate.VARIANCES else None
+    return [(folder, variance) for folder in folders]
 
 
 def table(args):
-    """Samples of dsm and SA-2, -3, -4, by sampler and number of steps T (SA tables 1-4).
+    """Distances of samples after dsm and SA-2, -3, -4, by sampler and steps T (SA tables 1-4).
 
-    Frechet distances to the data, mean and standard deviation over seeds; less is better.  The
-    samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
+    The samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
     NPR-DPM's, whose second heads are trained afterwards in --head steps.  20 minutes on two cores.
     """
-    def draws(name, folder):
-        for sampler in args.samplers:
-            path, how = way(args, folder, sampler)
-            for T in args.T:
-                yield (sampler, T), path, how | dict(steps=T)
-
-    found, judge = plot.distances(args, variants(args), draws)
-    plot.show(args, ["sampler", "T", *plot.with_sd(LOSSES)],
-              [[*case, *plot.cells(values, LOSSES)] for case, values in found.items()],
-              [dict(where=("sampler", name), title=f"sampler {name}") for name in args.samplers],
-              f"Sequence-aware losses, by sampler: {judge.options.data}, {judge.options.steps} "
-              "training steps", x="T", y=list(LOSSES), xlabel="sampling steps T", **judge.axes)
+    (runs, judge), rows = plot.judged(args, variants(args)), []
+    for name in plot.progress("samplers", args.samplers):
+        sampler = "ddpm" if name in evaluate.VARIANCES else name
+        own = {loss: ways(args, folders, name) for loss, folders in runs.items()}
+        for T in args.T:
+            row = dict(sampler=name, T=T)
+            for loss, pairs in own.items():
+                found = [judge([run], sampler, T, variance=variance)[0] for run, variance in pairs]
+                row[loss], row[f"sd {loss}"] = plot.mean_and_sd(found)
+            rows.append(row)
+    panels = [dict(where=("sampler", name), title=f"sampler {name}") for name in args.samplers]
+    plot.show(args, f"Sequence-aware losses, by sampler: {judge.about}", rows, *panels, x="T",
+              y=list(LOSSES), **judge.axes)
 
 
 def ablation(args):
-    """Samples of SA-K by the weight lam of its second term (SA table 4).
+    """Distances of samples by ddpm, by the weight lam of SA-K's second term (SA table 4).
 
-    By the sampler ddpm.  25 minutes, beside those of table.
+    25 minutes, beside those of table.
     """
-    def draws(name, folder):
-        for T in args.T:
-            yield T, folder, dict(sampler="ddpm", steps=T)
-
-    runs = {"dsm": given(args, "dsm") | LOSSES["dsm"]}
+    losses = dict(dsm=given(args, "dsm") | LOSSES["dsm"])
     for K, lam in itertools.product(args.K, args.lam):
-        runs[K, lam] = given(args, "sa") | dict(loss="sa", K=K, lam=lam)
-    found, judge = plot.distances(args, runs, draws)
-    names, rows = ["dsm", *(f"SA-{K}" for K in args.K)], []
-    for T, lam in itertools.product(args.T, args.lam):
-        rows.append([T, lam, *plot.cells(found[T], ["dsm", *((K, lam) for K in args.K)])])
-    plot.show(args, ["T", "lam", *plot.with_sd(names)], rows,
-              [dict(where=("T", T), title=f"T = {T} sampling steps") for T in args.T],
-              f"Weight of SA's second term: {judge.options.data}, {judge.options.steps} training "
-              "steps", x="lam", y=names, xlabel="lam, weight of the second term", **judge.axes)
+        losses[K, lam] = given(args, "sa") | dict(loss="sa", K=K, lam=lam)
+    (runs, judge), rows = plot.judged(args, losses), []
+    for T, lam in plot.progress("rows", list(itertools.product(args.T, args.lam))):
+        own = dict(dsm=runs["dsm"]) | {f"SA-{K}": runs[K, lam] for K in args.K}
+        rows.append(dict(T=T, lam=lam) | judge.cells(own, "ddpm", T))
+    panels = [dict(where=("T", T), title=f"T = {T} sampling steps") for T in args.T]
+    plot.show(args, f"Weight of SA's second term: {judge.about}", rows, *panels, x="lam",
+              y=list(own), xlabel="lam, weight of the second term", **judge.axes)
 
 
 # ---- Estimation gap ------------------------------------------------------------------------------
@@ -114,10 +105,10 @@ def estimation_gap(denoise, x0, ladder, noise):
 
         d_t = sum_{i>t} tau_i (eps_hat(x_i) - eps_i),     eps_i = (x_i - x0)/sigma_i
 
-    x_T = x0 + sigma_T noise(); the x_i below are ancestral sampling's own states, and eps_i is the
-    noise that is in them.  Then d_1 is the x_1 of the true reverse process, which knows x0, less
-    the model's from the same noise, in DDPM's frame.  Carried from x_1 back to x_t it is the
-    distance there: each step from i shrinks it by (sigma_{i-1}/sigma_i)^2.
+    x_i are ancestral sampling's own states from x_T = x0 + sigma_T noise().  d_1 is the x_1 of the
+    true reverse process, which knows x0, less the model's from the same noise, in DDPM's frame.
+    The gap at x_t is d_t carried back to there: each step from i shrinks it by
+    (sigma_{i-1}/sigma_i)^2.
 
     ladder (T,), noise() -> (B, ...).  Returns (T - 1, 3), t = T-1 ... 1: the gap's mean at x_t over
     samples and coordinates, its rms, and the rms that unrelated errors would give.
@@ -143,9 +134,9 @@ def gap(args):
     """How far sampling from x_300 is led astray, of dsm and SA-2, -3, -4 (SA figures 1, 4).
 
     At each x_t, over images and pixels: the gap's mean with its sign, as in the authors' code; its
-    rms; and the ratio of that rms to the rms that unrelated errors of the steps would have: above 1
-    errors add up (fig. 1 a), below 1 they cancel (b).  3 minutes, and the training of table.
-    --runs: other runs, on one set of data.
+    rms; and the ratio of that rms to the rms of unrelated errors: above 1 the errors of the steps
+    add up, below 1 they cancel.  3 minutes, and the training of table.  --runs: other runs, on one
+    set of data.
     """
     denoisers, x0, _, options = plot.compared(args, variants(args))
     columns, panels = dict(t=torch.arange(args.start - 1, 0, -1.0)), []
@@ -157,9 +148,8 @@ def gap(args):
     for kind, label in [("mean", "gap at x_t, mean with sign"), ("rms", "gap at x_t, rms"),
                         ("ratio", "rms over that of unrelated errors")]:
         panels.append(dict(y={f"{name}: {kind}": name for name in denoisers}, ylabel=label))
-    plot.show(args, list(columns), torch.stack([*columns.values()], 1).tolist(), panels,
-              f"Sampling of {len(x0)} held-out images of {options.data} from x_{args.start}: how "
-              "far the steps' errors have led it astray", xlabel="time step t", xscale="linear",
+    plot.show(args, f"Sampling of {len(x0)} held-out images of {options.data} from x_{args.start}: "
+              "how far the steps' errors have led it astray", plot.rows_of(columns), *panels,
               yscale="linear", xlim=(args.start, 0))
 
 
@@ -190,23 +180,20 @@ def gaussian_factor(levels, K, lam, path):
 def tau(args):
     """Theorem 1's factors tau, and how independent noises bias SA-K's minimiser (SA Theorem 1).
 
-    Left: tau, by which an error of eps_hat at t moves the sample at the end.  For most t it is so
-    small that a loss with these factors does next to nothing.  Right: gaussian_factor, with tau =
-    1.  Below 1 the network is trained to predict less noise than there is.  A few seconds.
+    Left: tau, by which an error of eps_hat at t moves the sample at the end.  Right: the noise that
+    SA-K's minimiser predicts on data N(0, 1), with tau = 1, over the best prediction.  Seconds.
     """
     found = sa_tau(LEVELS, torch.arange(1, len(LEVELS) + 1), 1, "paper")[0]
-    columns = dict(t=range(1, len(LEVELS) + 1), sigma=LEVELS.tolist(),
-                   tau=[None, *found[1:].tolist()])                              # tau_1 = 0
+    found[0] = torch.nan                                     # tau_1 = 0, not on a log scale
+    columns = dict(t=torch.arange(1, len(LEVELS) + 1), sigma=LEVELS, tau=found)
     for K, lam, noises in [(2, 1.0, "independent"), (3, 0.3, "independent"),
                            (4, 0.2, "independent"), (2, 1.0, "path")]:
         factor = gaussian_factor(LEVELS, K, lam, noises == "path")
-        columns[f"SA-{K}, {noises}"] = factor.tolist()
-    plot.show(args, list(columns), list(zip(*columns.values())),
-              [dict(y=["tau"], ylabel="tau of Theorem 1"),
-               dict(y=list(columns)[3:], yscale="linear", ylim=(0.6, 1.02),
-                    ylabel="predicted noise/best prediction")],
-              "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)",
-              xlabel="time step t")
+        columns[f"SA-{K}, {noises}"] = factor
+    plot.show(args, "SA-K: factors of the errors, and the bias of its minimiser on data N(0, 1)",
+              plot.rows_of(columns), dict(y=["tau"], ylabel="tau of Theorem 1"),
+              dict(y=list(columns)[3:], yscale="linear", ylim=(0.6, 1.02),
+                   ylabel="predicted noise/best prediction"), xscale="log")
 
 
 COMMANDS = {

@@ -59,9 +59,7 @@ def target_variance(x0, noise, levels, sizes, pool, exact, g):
     """V_STF = E_x Tr Cov(stf_target) by reference size and level (STF section 5.2); D (sec. 6.1).
 
     The target's mean given x is E[x0 | x] for every n, so V is its mean square distance from that.
-    The first reference is x0, a draw of p(x0 | x); the others are rows of the pool, drawn anew for
-    each x0.  n = 1 is V_DSM (STF eq. 4).
-
+    The first reference is x0; the others are rows of the pool.  n = 1 is V_DSM (STF eq. 4).
     x0, noise (m, ...), levels (L,), pool (N, ...), exact(x, sigma) -> E[x0 | x] (L, d), D (L,);
     returns (m, len(sizes), L) and (m, L), to be averaged over x0.
     """
@@ -82,12 +80,12 @@ def variance(args):
 
         V = E_x Tr Cov(target | x) of targets for D;  V/sigma^2: of noise;  V/sigma^4: of scores
 
-    In these units Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),
-    where D(sigma) = E_x D_f measures how far p(x0 | x) is from the data's law.  Phase 1: less than
-    a tenth of the data's variance is left in p(x0 | x);  phase 3: more than nine tenths;  phase 2:
-    between.  The data are --num rows.  For two Gaussians V takes their true law, and D the rows: of
-    that law D is infinite up to sigma = sqrt(3) 0.14.  Half a minute.
+    Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),  where D(sigma) =
+    E_x D_f measures how far p(x0 | x) is from the data's law.  In phase 1 p(x0 | x) has less than a
+    tenth of the data's variance, in phase 3 more than nine tenths.  The data are --num rows; for
+    two Gaussians V takes their true law, of which D would be infinite.  Half a minute.
     """
+    levels, n = torch.tensor(sorted(args.levels), dtype=torch.float64), args.n[-1]
     for name in args.data:
         law = name.startswith("two-gaussians")
         pool, g = random_rows(args, name, None if law else args.num)
@@ -98,41 +96,31 @@ def variance(args):
             mean, divergence = posterior(x, sigma, rows)
             return mixture_mean(x, sigma, means, 0.14) if law else mean, divergence
 
-        levels = torch.tensor(sorted(args.levels), dtype=torch.float64)
         noise = torch.randn(rows.shape, generator=g, dtype=torch.float64)
         V, D = target_variance(rows, noise, levels, [1, *args.n], pool, exact, g)
-        whole = pool.flatten(1).var(0, correction=0).sum()
+        (dsm, *stf), D = V.mean(0), D.mean(0)
+        seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
+        whole = pool.flatten(1).var(0, correction=0).sum()            # the data's own variance
+        phase = 1.0 + (dsm > 0.1 * whole).double() + (dsm > 0.9 * whole).double()
+        columns = {"V of D": dsm, "V of noise": dsm / levels ** 2,
+                   "V of scores": dsm / levels ** 4, "D(sigma)": D}
+        columns = {form: curve / curve.max() for form, curve in columns.items()}
+        columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, stf)}
+        columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
+                    "bound": (1 + 3 ** 0.5 * d * levels ** 2 * D.sqrt() / seen) / (n - 1),
+                    "phase": phase}
+        middle = levels[phase == 2].tolist() or [math.nan]
         args.command = f"variance-{Path(name).name}"
-        show_variance(args, name, levels, V.mean(0), D.mean(0), whole, d)
-
-
-def show_variance(args, name, levels, V, D, whole, d):
-    """V (1 + len(args.n), L), of which the first is V_DSM; D (L,); whole: the data's variance."""
-    n, dsm = args.n[-1], V[0]
-    seen = torch.where(dsm > 1e-4 * dsm.max(), dsm, torch.nan)    # a few x decide what is less
-    phase = 1.0 + (dsm > 0.1 * whole).double() + (dsm > 0.9 * whole).double()
-    columns = {"V of D": dsm, "V of noise": dsm / levels ** 2, "V of scores": dsm / levels ** 4,
-               "D(sigma)": D}
-    columns = {form: curve / curve.max() for form, curve in columns.items()}
-    columns |= {f"n = {size}": V_n / seen for size, V_n in zip(args.n, V[1:])}
-    columns |= {"1/(n - 1)": torch.full_like(dsm, 1 / (n - 1)),
-                "bound": (1 + 3 ** 0.5 * d * levels ** 2 * D.sqrt() / seen) / (n - 1),
-                "phase": phase}
-    table = torch.stack([levels, dsm, *columns.values()], 1).tolist()
-    rows = [[None if math.isnan(cell) else cell for cell in row] for row in table]
-    middle = levels[phase == 2].tolist() or [math.nan]
-    plot.show(
-        args, ["sigma", "V_DSM", *columns], rows,
-        [dict(y={"V of D": "target for D", "V of noise": "target for noise", "V of scores":
-                 "target for score", "D(sigma)": "D(sigma)"}, ylim=(1e-4, 5),
-              ylabel="V and D, each over its maximum",
-              title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
-         dict(y={f"n = {size}": f"STF, n = {size}" for size in args.n}, ylabel="V_STF/V_DSM",
-              title="variance that n references leave"),
-         dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
-                 f"n = {n}": "V_STF"}, ylabel="over V_DSM", title=f"Theorem 2, n = {n}")],
-        f"{name}: how much the training target varies, by noise level; {args.num} noisy samples",
-        xlabel="noise level sigma")
+        plot.show(
+            args, f"{name}: how much the training target varies, by noise level; {args.num} noisy "
+            "samples", plot.rows_of(dict(sigma=levels, V_DSM=dsm) | columns),
+            dict(y=["V of D", "V of noise", "V of scores", "D(sigma)"], ylim=(1e-4, 5),
+                 ylabel="V and D, each over its maximum",
+                 title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
+            dict(y=[f"n = {size}" for size in args.n], ylabel="V_STF/V_DSM",
+                 title="variance that n references leave"),
+            dict(y={"bound": "Theorem 2's bound", "1/(n - 1)": "its first term, 1/(n - 1)",
+                    f"n = {n}": "V_STF"}, ylabel="over V_DSM", title=f"Theorem 2, n = {n}"))
 
 
 # ---- Effective sample size -----------------------------------------------------------------------
@@ -141,8 +129,7 @@ def show_variance(args, name, levels, V, D, whole, d):
 def effective_size(x0, noise, levels, reference):
     """Mean of 1/sum_k w_k^2, w = stf_weights: how many references STF averages, by noise level.
 
-    1 where sigma -> 0, n where sigma -> infinity.  x0, noise (m, ...), levels (L,), reference
-    (n, ...), x0 among its rows -> (L,) float64.
+    x0, noise (m, ...), levels (L,), reference (n, ...), x0 among its rows -> (L,) float64.
     """
     sizes = []
     for level in levels:
@@ -155,9 +142,7 @@ def effective_size(x0, noise, levels, reference):
 def ess(args):
     """How many references STF averages, beside how often each schedule trains there (STF sec. 3).
 
-        effective sample size = 1/sum_k w_k^2
-
-    Where that size is 1, the target is x0, as DSM's, and nothing is won.  A few seconds.
+    Their number is 1/sum_k w_k^2.  Where it is 1, the target is x0, as DSM's.  A few seconds.
     """
     reference, g = random_rows(args, args.data, max(args.n))
     x0, levels = reference[:args.num], torch.tensor(sorted(args.levels), dtype=torch.float64)
@@ -167,14 +152,12 @@ def ess(args):
     schedules = dict(EDM=EDM(), VE=VE(), VP=VP())
     density = {name: plot.log_density(schedule, levels) for name, schedule in schedules.items()}
     plot.show(
-        args, ["sigma", *curves, *density],
-        np.stack([levels, *curves.values(), *density.values()], 1).tolist(),
-        [dict(y={name: f"reference of {name}" for name in curves}, title="where STF acts",
-              ylabel="references averaged: 1/sum w^2"),
-         dict(y=list(density), ylabel="density of ln sigma", yscale="linear",
-              title="where each schedule trains")],
-        f"{args.data}: where STF averages references, and where training is",
-        xlabel="noise level sigma")
+        args, f"{args.data}: where STF averages references, and where training is",
+        plot.rows_of(dict(sigma=levels) | curves | density),
+        dict(y={name: f"reference of {name}" for name in curves}, title="where STF acts",
+             ylabel="references averaged: 1/sum w^2"),
+        dict(y=list(density), ylabel="density of ln sigma", yscale="linear",
+             title="where each schedule trains"))
 
 
 # ---- Bias ----------------------------------------------------------------------------------------
@@ -203,26 +186,25 @@ def target_bias(x, sigma, rows, n, repeats, with_source, g):
 def bias(args):
     """The mean of STF's target against E[x0 | x], with and without the source (STF eq. 7, Thm. 1).
 
-    losses.stf_target says why there is no bias with it; without it the bias falls as 1/n.  In
-    units of the standard deviation of DSM's target.  About 1 minute.
+    losses.stf_target says why there is no bias with it.  In units of the standard deviation of
+    DSM's target.  About 1 minute.
     """
     rows, g = random_rows(args, args.data, 1000)
     rows, table = rows.flatten(1), []
     noise = torch.randn(args.num, rows.shape[1], generator=g).double()
     for n in plot.progress("reference sizes", args.n):
-        table.append([n])
+        row = dict(n=n)
         for level, with_source in itertools.product(args.levels, (True, False)):
             sigma = torch.tensor(level, dtype=torch.float64)
             x = rows[:args.num] + sigma * noise
             square, V = target_bias(x, sigma, rows, n, args.repeats, with_source, g)
-            table[-1].append(abs(square / V) ** 0.5)
-    kinds = [f"{kind} {level:g}" for level in args.levels for kind in ("with", "without")]
+            row[f"{'with' if with_source else 'without'} {level:g}"] = abs(square / V) ** 0.5
+        table.append(row)
     plot.show(
-        args, ["n", *kinds], table,
-        [dict(y={f"without {level:g}": "source left out", f"with {level:g}":
-                 "source among them: 0, but for this error of measuring"},
-              title=f"sigma = {level:g}") for level in args.levels],
-        f"{args.data}: bias of STF's target, over the standard deviation of DSM's",
+        args, f"{args.data}: bias of STF's target, over the standard deviation of DSM's", table,
+        *[dict(y={f"without {level:g}": "source left out", f"with {level:g}":
+                  "source among them: 0, but for this error of measuring"},
+               title=f"sigma = {level:g}") for level in args.levels],
         xlabel="number n of references", ylabel="bias/standard deviation", marker="o")
 
 
@@ -231,31 +213,29 @@ def bias(args):
 def table(args):
     """Distances of samples to the data after DSM and after STF (STF tables 1, 2).
 
-    By schedule and sampler, as in the paper; --rtol is RK45's tolerance (the paper's: 1e-5).
-    26 minutes on one core.
+    --rtol is RK45's tolerance (the paper's: 1e-5).  26 minutes on one core.
     """
     both = dict(rk45=dict(steps=2, rtol=args.rtol), pc=dict(steps=args.pc))
     samplers = dict(ve=both, vp=both | dict(ddim=dict(steps=args.ddim)),
                     edm=dict(heun=dict(steps=args.heun)))
 
-    def draws(name, folder):
-        for sampler, how in samplers[name[0]].items():
-            yield (name[0], sampler), folder, dict(how, sampler=sampler)
-
     variants = {}
     for schedule in args.schedules:
         given = dict(cond=False) | args.options | dict(schedule=schedule)
-        variants[schedule, "dsm"] = given | dict(loss="dsm")
-        variants[schedule, "stf"] = given | dict(loss="stf", ref_batch=args.n)
-    found, judge = plot.distances(args, variants, draws)
-    rows = []
-    for (schedule, sampler), values in found.items():
-        calls = values[schedule, "dsm"][2]
-        rows.append([schedule, f"{sampler} {calls:.0f}", *plot.cells(values, values), judge.floor])
+        variants[schedule, "DSM"] = given | dict(loss="dsm")
+        variants[schedule, "STF"] = given | dict(loss="stf", ref_batch=args.n)
+    (runs, judge), rows = plot.judged(args, variants), []
+    for schedule in plot.progress("schedules", args.schedules):
+        for sampler, how in samplers[schedule].items():
+            dsm, dsm_sd, calls = judge(runs[schedule, "DSM"], sampler, **how)
+            stf, stf_sd, _ = judge(runs[schedule, "STF"], sampler, **how)
+            rows.append({"schedule": schedule, "sampler": f"{sampler} {calls:.0f}", "DSM": dsm,
+                         "sd DSM": dsm_sd, "STF": stf, "sd STF": stf_sd,
+                         "floor": judge.axes["floor"]})
     plot.show(
-        args, ["schedule", "sampler", *plot.with_sd(["DSM", "STF"]), "floor"], rows,
-        [dict(where=("schedule", schedule), title=schedule.upper()) for schedule in args.schedules],
-        f"Samples after DSM and after STF: {judge.options.data}; mean and sd of {args.seeds} runs",
+        args, f"Samples after DSM and after STF: {judge.options.data}; mean and sd of {args.seeds} "
+        "runs", rows,
+        *[dict(where=("schedule", name), title=name.upper()) for name in args.schedules],
         x="sampler", y=dict(DSM="DSM", STF=f"STF, n = {args.n}"), xscale="linear",
         xlabel="sampler, and network calls for a sample", **judge.axes)
 
@@ -289,27 +269,26 @@ def held_out_errors(run):
 def speed(args):
     """Held-out error over steps and over time, and at the end by n (STF figs. 4, 5).
 
-    n = 1 is DSM.  The error is E|D - x0|^2/d, as a geometric mean over noise levels from .02 to 50.
-    The time is that of batch, loss and gradient, measured apart from training.  Runs on VE, as in
-    the paper, but on a ring of 8 Gaussians.  About 3 minutes.
+    The error is E|D - x0|^2/d, as a geometric mean over noise levels from .02 to 50.  The time is
+    that of batch, loss and gradient, measured apart from training.  Runs on VE, as in the paper,
+    but on a ring of 8 Gaussians.  About 3 minutes.
     """
     given = dict(data="ring", schedule="ve", batch=64, eval_every=150, cond=False) | args.options
     rows = []
     for n in plot.progress("numbers of references", [1, *args.n]):
         own = dict(loss="stf", ref_batch=n) if n > 1 else dict(loss="dsm")
-        runs = [plot.trained(given, seed=args.seed + k, **own) for k in range(args.seeds)]
+        runs = [plot.trained(given | own | dict(seed=args.seed + k)) for k in range(args.seeds)]
         errors, seconds = [held_out_errors(run) for run in runs], seconds_a_step(runs[-1])
         for step in errors[0]:
-            rows.append([n, f"STF, n = {n}" if n > 1 else "DSM", step, step * seconds,
-                         *plot.mean_and_sd([error[step] for error in errors])])
+            mean, sd = plot.mean_and_sd([error[step] for error in errors])
+            rows.append({"n": n, "target": f"STF, n = {n}" if n > 1 else "DSM", "step": step,
+                         "seconds": step * seconds, "error": mean, "sd error": sd})
     plot.show(
-        args, ["n", "target", "step", "seconds", "error", "sd error"], rows,
-        [dict(x="step", by="target", xlabel="training steps", xscale="linear", title="over steps"),
-         dict(x="seconds", by="target", xlabel="seconds of training", title="over time"),
-         dict(where=("step", rows[-1][2]), xlabel="number n of references (1: DSM)", marker="o",
-              title="at the end")],
-        f"{given['data']}: held-out error in training by DSM and by STF, {args.seeds} runs each",
-        y=["error"], ylabel="held-out error, averaged weights")
+        args, f"{given['data']}: held-out error in training by DSM and by STF, {args.seeds} runs "
+        "each", rows, dict(x="step", by="target", title="over steps"),
+        dict(x="seconds", by="target", xlabel="seconds of training", title="over time"),
+        dict(where=("step", step), xlabel="number n of references (1: DSM)", marker="o",
+             title="at the end"), y=["error"], ylabel="held-out error, averaged weights")
 
 
 COMMANDS = {

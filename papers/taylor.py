@@ -4,8 +4,6 @@
 
 Source: Jeha et al. 2024, "Variance reduction of diffusion model's gradients with Taylor
 approximation-based control variate" (TCV).  losses.taylor_terms derives the control anew.
-
-A share is the samples behind one gradient: one sample, or a mini-batch with a common reference.
 """
 
 import itertools
@@ -28,12 +26,11 @@ ACTIVATIONS = dict(silu=torch.nn.functional.silu, tanh=torch.tanh, relu=torch.re
 # ---- Gradients of shares -------------------------------------------------------------------------
 
 def draw_shares(net, pool, num, m, n, g):
-    """Batches of `copies` shares, num or more in all; a share has m samples, n >= m references:
+    """Batches of `copies` shares, num or more in all.  A share is what is behind one gradient: m
+    samples and n >= m references, the first of which are the samples.
 
-        x0, noise, probe (m copies, ...), all first samples first;  reference (n, copies, ...)
-
-    The samples of a share are the first of its references.  The probe has random signs; it is None
-    in up to 8 coordinates, where controls take the exact trace.
+    Yields x0, noise, probe (m copies, ...), all first samples first, reference (n, copies, ...).
+    The probe has random signs; it is None in up to 8 coordinates: controls take the exact trace.
     """
     copies = max(1, 2 ** 18 // sum(p.numel() for p in net.parameters()))          # caches hold it
     copies = min(copies, num)
@@ -108,7 +105,8 @@ def variances(net, pool, weight, sigma, num, g, m=1, orders=(), sizes=(), scale=
 
 
 def average_left(net, pool, num, g, scale=1.0):
-    """{name: V over DSM's}, with V summed over quantiles of EDM's training noise."""
+    """{name: V over DSM's}, V summed over quantiles of EDM's training noise, each with the best
+    beta."""
     total = {}
     u = (torch.arange(6, dtype=torch.float64) + 0.5) / 6
     for sigma in EDM().training_sigma(u).tolist():
@@ -133,10 +131,10 @@ def points():
 
 
 def mlp(seed, width=64, depth=2, activation="silu"):
-    """An MLP of points in the plane behind EDM's column, fresh: D = c_skip x.
+    """A fresh MLP of points in the plane behind EDM's column: D = c_skip x.
 
-    From torch's small start it would stay there for thousands of steps; and the first layer has
-    two inputs for x beside `width` for the noise level, so those two get larger weights.
+    torch's own start is so small that it would stay there for thousands of steps.  The two inputs
+    for x get larger weights, for they stand beside `width` inputs for the noise level.
     """
     torch.manual_seed(seed)
     model = MLP(2, width, depth, activation=ACTIVATIONS[activation])
@@ -148,8 +146,8 @@ def mlp(seed, width=64, depth=2, activation="silu"):
 
 
 def fitted(net, pool, steps, g):
-    """The network after so many steps on STF's target: on DSM's, its own error would be larger than
-    the noise that is measured at small sigma."""
+    """The network after so many steps on STF's target: after DSM's, its own error would hide the
+    noise that is measured at small sigma."""
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
@@ -166,29 +164,25 @@ def fitted(net, pool, steps, g):
 
 # ---- Figures 2 and 3 -----------------------------------------------------------------------------
 
-def measured(args, g):
-    """A denoiser, rows that it was trained on, their class or None, lambda, and a title."""
-    if not args.run:
-        pool = points()
-        net = fitted(mlp(args.seed), pool, args.training, g)
-        return net, pool, None, EDM().weight, "ring, an MLP"
-    net, options = evaluate.load_run(args.run, "cpu")
-    data, label = evaluate.run_data(options), 0 if options.classes else None
-    pool, labels = evaluate.take(data, torch.randperm(len(data.x), generator=g)[:20_000])
-    pool = pool if label is None else pool[labels == label]
-    return net, pool, label, evaluate.build_weight(options), f"{data.name}, network of {args.run}"
-
-
 def gradvar(args):
     """The variance of the gradient by estimator and noise level, over plain DSM's (TCV figs. 2, 3).
 
     The network is an MLP that is trained here, or --run's (if it is told classes, in the first
-    class).  Each sample is alone, with STF references of its own.  "Shared": mini-batches of
-    --batch, whose samples share a reference, as in STF's Algorithm 1: their targets then have a
-    common error.  --num 0: 1500 points or 24 images.  About 1 minute; a U-Net 6.
+    class).  Each sample has STF references of its own; "shared": mini-batches of --batch share
+    them, as in STF's Algorithm 1.  --num 0: 1500 points or 24 images.  About 1 minute; a U-Net 6.
     """
     g = torch.Generator().manual_seed(args.seed)
-    net, pool, label, weight, title = measured(args, g)
+    label, weight, title = None, EDM().weight, "ring, an MLP"
+    if args.run:
+        net, options = evaluate.load_run(args.run, "cpu")
+        data, weight = evaluate.run_data(options), evaluate.build_weight(options)
+        pool, labels = evaluate.take(data, torch.randperm(len(data.x), generator=g)[:20_000])
+        if options.classes:
+            label, pool = 0, pool[labels == 0]
+        args.command, title = "gradvar-run", f"{data.name}, network of {args.run}"
+    else:
+        pool = points()
+        net = fitted(mlp(args.seed), pool, args.training, g)
     num = args.num or (1500 if pool.ndim == 2 else 24)
     orders, sizes = [f"order {k}" for k in args.orders], [f"STF {n}" for n in args.n]
     rows = []
@@ -201,17 +195,13 @@ def gradvar(args):
         row |= {f"{name}, shared": batch[name] / batch["DSM"] for name in sizes}
         row |= {f"beta, {name}": beta[name] for name in orders}
         rows.append(row)
-    own = {name: f"{name}, own references" for name in sizes}
-    shared = {f"{name}, shared": f"{name}, shared by {args.batch}" for name in sizes}
-    args.command += "-run" if args.run else ""
-    plot.show(
-        args, list(rows[0]), [list(row.values()) for row in rows],
-        [dict(y=["antithetic", *orders], title="by control"),
-         dict(y=own | shared, title="by reference"),
-         dict(y={f"beta, {name}": name for name in orders}, title="regression coefficient",
-              ylabel="best factor beta of the control", yscale="linear")],
-        f"{title}: variance of the gradient by estimator; plain DSM is 1",
-        xlabel="noise level sigma", ylabel="variance over plain DSM's")
+    plot.show(args, f"{title}: variance of the gradient by estimator; plain DSM is 1", rows,
+              dict(y=["antithetic", *orders], title="by control"),
+              dict(y=[*sizes, *(f"{name}, shared" for name in sizes)],
+                   title=f"by reference, own or shared by {args.batch}"),
+              dict(y={f"beta, {name}": name for name in orders}, title="regression coefficient",
+                   ylabel="best factor beta of the control", yscale="linear"),
+              ylabel="variance over plain DSM's")
 
 
 # ---- Figure 1 ------------------------------------------------------------------------------------
@@ -223,17 +213,12 @@ METHODS = ["DSM", "DSM, 2 batches", "STF 256", "antithetic", *ORDERS, "exact tar
 def loss_by(method, net, pool, sigma, g):
     """The mean loss of a batch of 64 at one noise level, by one of METHODS.
 
-    The exact target is E[x0 | x], without variance.  The control's factor beta is RunningBeta's
-    first guess, 1/(1 + (sigma/.13)^1.3).
+    The exact target is E[x0 | x].  The control's factor beta is RunningBeta's first guess.
     """
     reference = pool[torch.randint(len(pool), (256,), generator=g)]
     x0 = reference[:128 if method == "DSM, 2 batches" else 64]
     s, noise = torch.full((len(x0), 1), sigma), torch.randn(x0.shape, generator=g)
     given = net, x0, noise, s, EDM().weight
-
-    def c_skip(s):
-        return EDM().precondition(s)[0]
-
     if method == "antithetic":
         return antithetic_loss(*given).mean()
     if method == "STF 256":
@@ -241,6 +226,8 @@ def loss_by(method, net, pool, sigma, g):
     if method == "exact target":
         return stf_loss(*given, ring_mean).mean()
     if method in ORDERS:
+        def c_skip(s):
+            return net.precondition(s)[0]
         loss, control = taylor_terms(*given, c_skip, ORDERS[method])
         return (loss - RunningBeta()(s)[:, 0] * control).mean()
     return dsm_loss(*given).mean()
@@ -277,18 +264,16 @@ def converge(args):
     pool, marks = points(), sorted({max(1, args.training * k // 20) for k in range(1, 21)})
     seeds, rows = range(args.seed, args.seed + args.seeds), []
     for level in plot.progress("noise levels", args.levels):
-        table = [[level, step] for step in marks]
+        table = [dict(sigma=level, step=step) for step in marks]
         for method in METHODS:
             errors = [errors_of(method, pool, level, marks, seed) for seed in seeds]
             for row, of_seeds in zip(table, zip(*errors)):
-                row += plot.mean_and_sd(of_seeds)
+                row[method], row[f"sd {method}"] = plot.mean_and_sd(of_seeds)
         rows += table
-    plot.show(
-        args, ["sigma", "step", *plot.with_sd(METHODS)], rows,
-        [dict(where=("sigma", level), title=f"sigma = {level:g}") for level in args.levels],
-        "ring: training at one noise level with and without a control; mean and sd of "
-        f"{args.seeds} runs", x="step", y=METHODS, xlabel="training steps", xscale="linear",
-        ylabel="error over a fresh network's", yscale="linear", ylim=(0, 1.1))
+    panels = [dict(where=("sigma", level), title=f"sigma = {level:g}") for level in args.levels]
+    plot.show(args, "ring: training at one noise level with and without a control; mean and sd of "
+              f"{args.seeds} runs", rows, *panels, x="step", y=METHODS,
+              ylabel="error over a fresh network's", yscale="linear", ylim=(0, 1.1))
 
 
 # ---- Figures 4 and 5 -----------------------------------------------------------------------------
@@ -296,9 +281,8 @@ def converge(args):
 def optimizers(args):
     """Variance that a control leaves while Adam and while SGD train (TCV fig. 4).
 
-    An MLP on a ring of 8 Gaussians learns by DSM; at some steps the variance of the gradient is
-    measured as in gradvar, over EDM's training noise.  "Adam's step": of the gradient over the root
-    of Adam's own average of its square.  About 1 minute.
+    An MLP on a ring of 8 Gaussians learns by DSM.  "Adam's step": the variance of the gradient over
+    the root of Adam's own average of its square.  About 1 minute.
     """
     pool, marks = points(), {max(1, round(args.training ** (k / 9))) for k in range(10)}
     table = {step: dict(step=step) for step in sorted(marks)}
@@ -326,19 +310,17 @@ def optimizers(args):
                 table[step] |= {f"{of} {control}": left for control, left in found.items()}
     titles = {"Adam": "gradient, while Adam trains", "Adam's step": "Adam's step",
               "SGD": "gradient, while SGD trains"}
-    plot.show(
-        args, list(table[1]), [list(row.values()) for row in table.values()],
-        [dict(y={f"{of} {control}": control for control in found}, title=title)
-         for of, title in titles.items()],
-        "ring, an MLP: variance that is left while it trains; plain DSM is 1",
-        xlabel="training steps", ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1.1))
+    panels = [dict(y={f"{of} {control}": control for control in found}, title=title)
+              for of, title in titles.items()]
+    plot.show(args, "ring, an MLP: variance that is left while it trains; plain DSM is 1",
+              list(table.values()), *panels, ylabel="variance over plain DSM's", xscale="log",
+              yscale="linear", ylim=(0, 1.1))
 
 
 def grid(args):
     """Variance that a control of order 0 and 1 leaves, by depth, width, activation (TCV fig. 5).
 
-    MLPs on a ring of 8 Gaussians, each trained on STF's target; over EDM's training noise, at each
-    noise level with the best factor.  About 3 minutes.
+    MLPs on a ring of 8 Gaussians, each trained on STF's target.  About 3 minutes.
     """
     networks = list(itertools.product(ACTIVATIONS, args.depth, args.width))
     pool, rows = points(), []
@@ -346,14 +328,14 @@ def grid(args):
         g = torch.Generator().manual_seed(args.seed)
         net = fitted(mlp(args.seed, width, depth, activation), pool, args.training, g)
         found = average_left(net, pool, args.num, g)
-        rows.append([activation, depth, width, sum(p.numel() for p in net.parameters()),
-                     found["order 0"], found["order 1"]])
-    plot.show(
-        args, ["activation", "depth", "width", "parameters", "order 0", "order 1"], rows,
-        [dict(where=("activation", name), title=name) for name in ACTIVATIONS],
-        "ring, MLPs of several sizes: variance that a control leaves; plain DSM is 1",
-        x="parameters", y=["order 0", "order 1"], by="depth", xlabel="number of parameters",
-        ylabel="variance over plain DSM's", yscale="linear", ylim=(0, 1), marker="o")
+        row = dict(activation=activation, depth=depth, width=width)
+        row |= dict(parameters=sum(p.numel() for p in net.parameters()))
+        rows.append(row | {name: found[name] for name in ORDERS})
+    panels = [dict(where=("activation", name), title=name) for name in ACTIVATIONS]
+    plot.show(args, "ring, MLPs of several sizes: variance that a control leaves; plain DSM is 1",
+              rows, *panels, x="parameters", y=list(ORDERS), by="depth",
+              xlabel="number of parameters", ylabel="variance over plain DSM's", yscale="linear",
+              ylim=(0, 1), marker="o")
 
 
 COMMANDS = {

@@ -24,13 +24,13 @@ def call(name, folder, options=SMALL, **arguments):
 # ---- Runs ----------------------------------------------------------------------------------------
 
 def test_a_run_that_was_stopped_goes_on_and_one_that_is_done_is_kept(folder, monkeypatch):
-    given = SMALL | dict(loss="dsm", eval_every=0)
-    run = plot.trained(given, seed=0)
+    given = SMALL | dict(loss="dsm", eval_every=0, seed=0)
+    run = plot.trained(given)
     Path(run, "done").unlink()
     Path(evaluate.checkpoints(run)[-1]).unlink()
-    assert plot.trained(given, seed=0) == run and evaluate.load_checkpoint(run)["step"] == 4
+    assert plot.trained(given) == run and evaluate.load_checkpoint(run)["step"] == 4
     monkeypatch.setattr(train, "run", None)
-    assert plot.trained(given, seed=0) == run
+    assert plot.trained(given) == run
 
 
 # ---- Weights -------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def gaussian(x, sigma, v):
 
 
 def columns(rows):
-    return torch.tensor(rows, dtype=torch.float64).T
+    return torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).T
 
 
 def test_error_of_the_noise_of_gaussian_data_and_of_the_initial_guess():

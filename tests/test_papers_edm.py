@@ -60,7 +60,7 @@ def numbers(*argv):
 
 
 def judge(run, num):
-    return plot.Judge(SimpleNamespace(options=dict(fid_num=num)), [run])
+    return plot.Judge(SimpleNamespace(options=dict(fid_num=num)), run)
 
 
 # ---- Denoising -----------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_edms_time_steps_on_another_schedule_have_edms_noise_levels():
 def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
     found = numbers("solvers", "--runs", exact, "--N", "6", "128", "--rtol", ".001", "--fid-num",
                     "1000", "--other", other)
-    limit = 4 * judge(exact, 1000).floor
+    limit = 4 * judge(exact, 1000).real["floor"]
     few, many = np.flatnonzero(found["NFE"] == 11)[0], np.flatnonzero(found["NFE"] == 255)[0]
     assert max(found[name][many] for name in ("heun", "+ t_i", "+ sigma, s", "euler edm")) < limit
     assert np.nanmax(found["rk45"]) < limit < found["+ sigma, s"][few]
@@ -104,11 +104,11 @@ def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
 
 
 def test_a_table_of_several_runs_has_their_mean_and_pooled_deviation(exact, monkeypatch):
-    judge = plot.Judge(SimpleNamespace(options={}), [exact, exact])
+    runs, judge = [exact, exact], plot.Judge(SimpleNamespace(options={}), exact)
     distances = iter([1.0, 3.0, 5.0, 5.0])
     monkeypatch.setattr(evaluate, "run_distance", lambda *given, **how: next(distances))
-    found = [judge("heun", 3), judge("euler", 4)]
-    assert [mean for mean, _, _ in found] == [2, 5]
+    found = dict(heun=judge(runs, "heun", 3), euler=judge(runs, "euler", 4))
+    assert [mean for mean, _, _ in found.values()] == [2, 5]
     assert edm.pooled(found) == pytest.approx(1.0)                             # sqrt((2 + 0)/2)
 
 
@@ -118,8 +118,8 @@ def test_each_setting_of_churn_switches_off_what_it_names(exact):
     """
     found = numbers("churn", "--runs", exact, "--N", "24", "--S_churn", "8", "--S_tmin", "75",
                     "--S_tmax", "90", "--S_noise", "2", "--fid-num", "1000")
-    limit = 4 * judge(exact, 1000).floor
-    heun = judge(exact, 1000)("heun", 24)[0]
+    limit = 4 * judge(exact, 1000).real["floor"]
+    heun = judge(exact, 1000)([exact], "heun", 24)[0]
     first = [found[name][0] for name in ("all", "interval", "S_noise", "neither")]
     assert first == pytest.approx([heun] * 4, rel=1e-4)                # S_churn 0 is Heun's method
     r = (1 + 2 ** 2 * (16 / 9 - 1)) * 9 / 16                           # sigma_hat = 4/3 sigma
@@ -160,23 +160,25 @@ def test_local_errors_of_gaussian_data_have_their_closed_form():
     """The flow is x sqrt((V + b^2)/(V + a^2)) from sigma = a to b, and a step's slope is linear."""
     x, sigma = 3 * torch.randn(50, 2, dtype=torch.float64), EDM(rho=3.0).time_steps(12)[:-1]
     found = edm.local_errors(Wiener(), x, sigma, fine=256)
-    for (a, *got), b in zip(found, sigma[1:].tolist()):
+    for row, b in zip(found, sigma[1:].tolist()):
+        a = row["sigma"]
         slope = a / (V + a ** 2)                                          # dx/dsigma = slope x
         euler_step = 1 + (b - a) * slope
         heun_step = 1 + (b - a) / 2 * (slope + b / (V + b ** 2) * euler_step)
         true = math.sqrt((V + b ** 2) / (V + a ** 2))
         size = x.square().mean().sqrt().item()
         want = [size * abs(step - true) for step in (euler_step, heun_step)]
-        assert got == pytest.approx(want, rel=2e-3, abs=1e-4 * size * abs(a - b))
+        assert [row["Euler"], row["Heun"]] == pytest.approx(want, rel=2e-3,
+                                                            abs=1e-4 * size * abs(a - b))
         x = true * x
 
 
 def test_local_errors_are_of_second_and_third_order():
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    errors = [edm.local_errors(Wiener(), x, torch.tensor([0.3, 0.3 - h]).double(), fine=64)[0][1:]
-              for h in (0.02, 0.01)]
-    assert errors[0][0] / errors[1][0] == pytest.approx(4, rel=0.05)
-    assert errors[0][1] / errors[1][1] == pytest.approx(8, rel=0.05)
+    long, short = (edm.local_errors(Wiener(), x, torch.tensor([0.3, 0.3 - h]).double(), fine=64)[0]
+                   for h in (0.02, 0.01))
+    assert long["Euler"] / short["Euler"] == pytest.approx(4, rel=0.05)
+    assert long["Heun"] / short["Heun"] == pytest.approx(8, rel=0.05)
 
 
 def test_truncation_has_the_errors_of_each_rho_and_the_distance_of_its_samples(exact):
@@ -222,15 +224,15 @@ def test_each_config_changes_what_its_letter_says():
 def test_configs_are_trained_with_two_seeds_and_options_that_the_user_gave_win(exact, monkeypatch):
     runs = []
 
-    def trained(given, **own):
-        runs.append(given | own)
+    def trained(options):
+        runs.append(options)
         return exact
     monkeypatch.setattr(plot, "trained", trained)
     found = table("configs", "--data", "cifar10", "--lr", ".1", "--fid-num", "100", "--seed", "5")
     given = dict(data="cifar10", lr=0.1, fid_num=100)
     assert runs == [dict(steps=400) | config(name) | given | dict(seed=seed) for name in "ABCDEF"
                     for seed in (5, 6)]
-    heun = judge(exact, 100)("heun", 18)[0]
+    heun = judge(exact, 100)([exact], "heun", 18)[0]
     assert found["config"].tolist() == list(edm.CONFIGS)
     assert found["mean"].astype(float) == pytest.approx([heun] * 6, rel=1e-4)
 

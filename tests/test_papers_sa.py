@@ -101,6 +101,7 @@ def test_table_has_every_loss_sampler_and_number_of_steps(two, capsys):
         (name, T) for name in ("ddpm", "ddim", "analytic", "sn", "npr") for T in ("2", "3")]
     assert all(float(row[name]) > 0 and float(row[f"sd {name}"]) == 0 for row in table
                for name in ("dsm", "SA-3"))
+    assert table[1]["dsm"] != table[3]["dsm"]                                    # ddpm, ddim
     plain = [options for options in runs() if options["head"] == "none"]
     assert sorted((o["loss"], o["K"], o["lam"], o["tau"]) for o in plain) == [
         ("dsm", 2, None, "unit"), ("sa", 3, 0.3, "window")]
@@ -110,10 +111,13 @@ def test_table_has_every_loss_sampler_and_number_of_steps(two, capsys):
 
 
 def test_ablation_shares_runs_with_the_table_and_dsm_has_no_lam(two, capsys):
-    call("table", two, samplers=("ddpm",), T=(2,), seeds=2)
-    assert len(runs()) == 4
-    table = call("ablation", two, K=(2, 3), lam=(0.3, 1.0), T=(2,), seeds=2)
-    assert len(runs()) == 4 + 6                                   # all but dsm and SA-3 with lam .3
+    call("table", two, samplers=("npr",), T=(2,), head=1, seed=5, seeds=2)
+    assert len(runs()) == 4 + 4
+    plain, heads = ([(o["out"], o["seed"]) for o in runs() if o["head"] == "none"],
+                    [(o["init"], o["seed"]) for o in runs() if o["head"] == "npr"])
+    assert sorted(plain) == sorted(heads)
+    table = call("ablation", two, K=(2, 3), lam=(0.3, 1.0), T=(2,), seed=5, seeds=2)
+    assert len(runs()) == 4 + 4 + 6                               # all but dsm and SA-3 with lam .3
     assert [(row["T"], row["lam"]) for row in table] == [("2", "0.3"), ("2", "1")]
     assert table[0]["dsm"] == table[1]["dsm"] and table[0]["SA-3"] != table[1]["SA-3"]
     assert float(table[0]["sd dsm"]) > 0

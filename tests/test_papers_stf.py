@@ -182,7 +182,8 @@ def test_table(tmp_path, monkeypatch):
     assert [row["schedule"] for row in rows] == ["ve", "ve", "vp", "vp", "vp", "edm"]
     assert [row["sampler"] for row in rows if "rk45" not in row["sampler"]] == [
         "pc 6", "pc 6", "ddim 3", "heun 5"]
-    assert all(float(row["STF"]) > float(row["floor"]) for row in rows)
+    assert all(row["DSM"] != row["STF"] and float(row["STF"]) > float(row["floor"])
+               for row in rows)
     monkeypatch.setattr("train.run", None)
     assert command(tmp_path, "table", *argv) == rows
 
