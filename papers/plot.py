@@ -57,6 +57,12 @@ def main(paper, commands, argv=None):
     def command():
         args, rest = p.parse_known_args(argv)
         args.paper, args.options = paper, vars(train.parser().parse_args(rest))
+        trained_before = getattr(args, "run", None) or getattr(args, "runs", None)
+        allowed = ("device", "fid_num") if trained_before else train.CHOSEN
+        strange = [train.word(name) for name in args.options if name not in allowed]
+        if strange:
+            raise BadInput(f"{', '.join(strange)}: not of this command" + (
+                ", for --run and --runs name trained runs" if trained_before else ""))
         os.makedirs(args.out, exist_ok=True)
         commands[args.command][0](args)
     return evaluate.status(f"papers.{paper}", command, "choose a smaller --batch or --num")

@@ -53,7 +53,8 @@ def ways(args, folders, name):
         return [(folder, analytic_covariance(*own)) for folder, own in zip(folders, found)]
     if name in ("sn", "npr"):
         plain = given(args, None) | dict(head=name, steps=args.head)
-        plain = {option: plain[option] for option in plain if option not in ("loss", "weight")}
+        for option in ("loss", "weight", "ref_batch", "dropout"):      # a head has no use for them
+            plain.pop(option, None)
         return [(plot.trained(plain | dict(init=folder, seed=seed)), name)
                 for seed, folder in enumerate(folders, args.seed)]
     variance = name if name in evaluate.VARIANCES else None

@@ -114,8 +114,9 @@ def variance(args):
         plot.show(
             args, f"{name}: how much the training target varies, by noise level; {args.num} noisy "
             "samples", plot.rows_of(dict(sigma=levels, V_DSM=dsm) | columns),
-            dict(y=["V of D", "V of noise", "V of scores", "D(sigma)"], ylim=(1e-4, 5),
-                 ylabel="V and D, each over its maximum",
+            dict(y={"V of D": "target for D", "V of noise": "target for noise",
+                    "V of scores": "target for score", "D(sigma)": "D(sigma)"},
+                 ylim=(1e-4, 5), ylabel="V and D, each over its maximum",
                  title=f"DSM's target; phase 2: sigma {middle[0]:g} to {middle[-1]:g}"),
             dict(y=[f"n = {size}" for size in args.n], ylabel="V_STF/V_DSM",
                  title="variance that n references leave"),

@@ -195,10 +195,11 @@ def gradvar(args):
         row |= {f"{name}, shared": batch[name] / batch["DSM"] for name in sizes}
         row |= {f"beta, {name}": beta[name] for name in orders}
         rows.append(row)
+    own = {name: f"{name}, own references" for name in sizes}
+    shared = {f"{name}, shared": f"{name}, shared by {args.batch}" for name in sizes}
     plot.show(args, f"{title}: variance of the gradient by estimator; plain DSM is 1", rows,
               dict(y=["antithetic", *orders], title="by control"),
-              dict(y=[*sizes, *(f"{name}, shared" for name in sizes)],
-                   title=f"by reference, own or shared by {args.batch}"),
+              dict(y=own | shared, title="by reference"),
               dict(y={f"beta, {name}": name for name in orders}, title="regression coefficient",
                    ylabel="best factor beta of the control", yscale="linear"),
               ylabel="variance over plain DSM's")

@@ -35,7 +35,7 @@ BUGS = [
          new="logits.append((query @ y.T - torch.linalg.vecdot(y, y)) / variance)",
          tests="test_losses.py", a="test_stf_n_1_is_dsm_bit_for_bit",
          b="test_stf_target_of_far_and_near_noise",
-         c="test_stf_whole_finite_set_is_the_exact_posterior_mean",
+         c="test_stf_target_on_a_whole_finite_set_is_the_exact_posterior_mean",
          d="test_stf_theorem_2_far_field_variance_falls_as_1_over_n",
          fails="c", hint="""What would a test notice if all logits were doubled? Ask it of one row,
          of rows that all weigh the same, and of one row that has all the weight.""",
@@ -47,14 +47,15 @@ BUGS = [
          old="x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2",
          new="x_next = x + (sigma_next - sigma_cur) * (d + d_next) / 2",
          tests="test_samplers.py", a="test_nfe_is_what_each_docstring_says",
-         b="test_without_churn_algorithm_2_is_algorithm_1",
+         b="test_without_noise_stochastic_samplers_are_euler_or_heun_and_draw_none",
          c="test_noise_is_drawn_where_sigma_is_in_the_window_and_gamma_is_clamped",
          d="test_churn_keeps_the_gaussian_marginal_in_exact_covariance",
          fails="d", hint="""Write down sigma_hat where S_churn is 0. Which of the tests compare
          numbers that come out of a step with churn?""",
-         why="""(b) compares every digit, but without churn sigma_hat is sigma_cur; (a) and (c) see
-         when denoiser and noise are called, not what comes out. Only (d) has churn and knows the
-         result. A test of a special case is blind to what that case switches off."""),
+         why="""(b) compares every digit, but without churn sigma_hat is sigma_cur. (a) and (c) see
+         when denoiser and noise are called; (c) compares the sampler's results with one another,
+         and all are wrong. Only (d) has churn and knows the result. A test of a special case is
+         blind to what that case switches off."""),
     dict(file=losses, name="taylor_control", title="a control variate loses the trace of its mean",
          old="dot = dot + sigma * (product(noise) * noise - trace)",
          new="dot = dot + sigma * (product(noise) * noise)",

@@ -162,7 +162,7 @@ def test_stf_n_1_is_dsm_bit_for_bit():
         assert torch.equal(stf_loss(*batch, target), dsm_loss(*batch))
 
 
-def test_stf_target_on_a_whole_finite_set_is_the_exact_posterior_mean_and_has_no_gradient():
+def test_stf_target_on_a_whole_finite_set_is_the_exact_posterior_mean():
     """By Tweedie's formula, E[x0 | x] = x + sigma^2 grad log p_t(x), with p_t differentiated."""
     data, x = points(24).requires_grad_(), (2 * randn(50, 2, seed=9)).requires_grad_()
     sigma = 0.05 * (100 ** (torch.arange(50)[:, None] / 49)).double()
@@ -171,6 +171,15 @@ def test_stf_target_on_a_whole_finite_set_is_the_exact_posterior_mean_and_has_no
     got = stf_target(x, sigma, data)
     close(got, x + sigma ** 2 * score, atol=1e-9)
     assert not got.requires_grad
+
+
+def test_stf_target_of_far_and_near_noise():
+    """The limits: the nearest row as sigma -> 0, the mean of the references as it grows."""
+    reference = randn(32, 3, 4, 4)
+    x0 = reference[:4]
+    near, far = (torch.full((4, 1, 1, 1), sigma).double() for sigma in (0.01, 1e5))
+    close(stf_target(x0, near, reference), x0, atol=1e-6)
+    close(stf_target(x0, far, reference), reference.mean(0).expand(4, -1, -1, -1), atol=1e-5)
 
 
 def test_stf_sec_4_target_in_each_kernels_own_frame_is_the_target_at_x_over_s_and_sigma():

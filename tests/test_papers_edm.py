@@ -55,6 +55,14 @@ def table(*argv):
     return dict(zip(names, np.array([[cell or "nan" for cell in row] for row in rows]).T))
 
 
+@pytest.mark.parametrize("line, sentence", [
+    ("loss --run a --lr 5", "--lr: not of this command, for --run and --runs name trained runs"),
+    ("solvers --runs a b --steps 7", "--steps: not"), ("loss --preset mnist", "--preset: not")])
+def test_options_that_would_have_no_effect_are_refused(line, sentence, capsys):
+    assert plot.main("edm", edm.COMMANDS, line.split()) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def numbers(*argv):
     return {name: column.astype(float) for name, column in table(*argv).items()}
 

@@ -12,7 +12,7 @@ from schedules import DDPM
 
 SHORT = DDPM(beta_1=0.02, beta_T=0.4, T=10).levels
 SMALL = dict(data="images.npz", cond=True, width=8, mult=(1,), blocks=1, batch=4, steps=1,
-             fid_num=4, fid_features="pixels")
+             dropout=0.1, fid_num=4, fid_features="pixels")
 
 
 def call(name, folder, options=SMALL, **arguments):
