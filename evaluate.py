@@ -839,7 +839,7 @@ def save_pictures(path, panels, names=()):
     names: one for each row of images, as of its class; a panel then has len(names) equal rows.
     Points of all panels have one scale, by which those of the first fit.
     """
-    limit = 1.1 * np.abs(panels[0][1]).max()
+    limit = 1.1 * np.abs(panels[0][1]).max() or 1.0            # all points may be 0
     parts = [(text, panel(x, len(x) // len(names) if names else None, limit)) for text, x in panels]
     gap, top, font = 16, 28, ImageFont.load_default(size=16)
     left = gap + max((math.ceil(font.getlength(name)) + gap for name in names), default=0)
