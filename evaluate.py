@@ -307,7 +307,7 @@ def members(path):
     for name in strange:
         del parts[name]
     if strange:
-        print(f"left out  {len(strange)} files of {path}, such as {strange[0]}: images end in "
+        print(f"left out  of {path}: {len(strange)}, such as {strange[0]}; images end in "
               f"{' '.join(ENDINGS)}")
     depth = 1 if any(p[-1] == "dataset.json" for p in parts.values()) else 2
     while len({p[0] for p in parts.values()}) == 1 and min(map(len, parts.values())) > depth:
@@ -1146,7 +1146,8 @@ def sample(args):
     """evaluate.py sample: draws samples of a run and saves them."""
     denoiser, options = open_run(args)
     images = len(options.shape) > 1
-    num = args.num or (4000 if not images else 8 * len(options.classes[:10]) or 64)
+    each = 8 if args.label is not None else 8 * len(options.classes[:10]) or 64
+    num = args.num or (each if images else 4000)
     labels, names = class_grid(options, num)
     how, text = sampling(args, denoiser, options)
     if args.label is not None:

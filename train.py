@@ -259,6 +259,7 @@ def resolve(options, data):
                                           "label_dropout") if name in given]
     not_for_heads = [word(name) for name in ("loss", "weight", "ref_batch", "dropout")
                      if name in given]
+    few = "ref_batch" in given and options.ref_batch < options.batch
     options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
                             options.batch)
     if options.amp == "auto":
@@ -292,6 +293,7 @@ def resolve(options, data):
          "network gets it"),
         (options.head != "none" and not_for_heads, f"{' and '.join(not_for_heads)}: the head has a "
          "loss of its own, and the network around it no dropout; leave it out"),
+        (few, "--ref-batch: the references hold the batch, and must be as many at least"),
         (options.holdout == 1, "--holdout 1 would leave nothing to train on"),
     ]:
         if bad:
@@ -947,10 +949,13 @@ def describe(options, data, denoiser, folder, first, memory):
     """What is going to be trained, on what, and what may be wrong with it, on the terminal."""
     world, size = ranks()[1], sum(p.numel() for p in denoiser.parameters())
     weight = "its own weight" if options.weight == "schedule" else f"weight {options.weight}"
+    loss = f"{options.loss}, schedule {options.schedule}, {weight}"
+    if options.head != "none":
+        loss = f"of the head {options.head} alone, schedule {options.schedule}"
     print(f"data      {data.source}\n"
           f"network   {options.arch}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {options.loss}, schedule {options.schedule}, {weight}, {options.steps} steps "
-          f"of {options.batch}, on {options.device} x {world}\n"
+          f"loss      {loss}, {options.steps} steps of {options.batch}, on {options.device} x "
+          f"{world}\n"
           f"run       {folder}, from step {first}\n"
           f"memory    about {memory:,.2f} GiB for the activations of the samples that each rank "
           "takes at a time (--micro-batch)", flush=True)
@@ -1024,9 +1029,10 @@ def report(folder, options, data, denoiser, ema, log, seconds):
                                          loss_by_sigma=table))
     evaluate.draw_run(folder, table)
     save_samples(folder, options.steps, denoiser, ema, options, data)
+    how = "" if options.head == "none" else f" --sampler ddpm --variance {options.head}"
     print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
           f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
-          f"next        python evaluate.py sample {folder}")
+          f"next        python evaluate.py sample {folder}{how}")
 
 
 # ---- Command line --------------------------------------------------------------------------------

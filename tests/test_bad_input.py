@@ -93,9 +93,10 @@ SAMPLE, FID = "evaluate sample points --num 4 --steps 1", "evaluate fid points -
 OPTIONS = {                    # beside those of IMAGES: a part of the sentence
     "--los dsm": "--los", "--loss gan": "--loss", "--data nothing.zip": "nothing.zip",
     "--data ''": "no file, folder or data set ''",
+    "--batch 9": "--ref-batch: the references hold the batch",      # and --ref-batch 8
     "--batch 0": "--batch 0 is not within [1, 65536]", "--steps many": "--steps",
     "--lr nan": "--lr", "--beta2 1": "--beta2", "--width 5": "--width",
-    "--width 2048 --batch 65536": "choose a --micro-batch of at most",
+    "--width 2048 --batch 65536 --ref-batch 65536": "choose a --micro-batch of at most",
     "--mult 1,x": "--mult", "--mult 0,1": "--mult", "--attend 2 --mult 1,1": "--attend",
     "--mult 1,1,1,1,1": "choose another --size, --width or --mult", "--arch mlp": "--arch mlp",
     "--label-dropout 0.1": "--label-dropout needs --cond", "--device abacus": "--device abacus",

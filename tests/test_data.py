@@ -130,7 +130,7 @@ def test_a_sub_folder_is_a_class_in_folders_and_zips(capsys):
     around = {f"Neuer Ordner/pets/{name}": content for name, content in files.items()}
     for path in (write("my pets!", files), write("inside.zip", files), write("far.zip", around)):
         data = load_data(path)
-        assert re.search(f"left out  2 files of {path}, such as .*dog/read.me: images end in .png",
+        assert re.search(f"left out  of {path}: 2, such as .*dog/read.me; images end in .png",
                          capsys.readouterr().out)
         assert data.classes == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1, 1]
         assert (data.x == channels_first(x)).all() and data.labels.dtype == np.int64

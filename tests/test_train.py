@@ -114,7 +114,8 @@ def test_a_large_set_costs_no_more_than_the_rows_of_a_batch(monkeypatch):
 
 
 def test_a_batch_larger_than_the_set_still_has_its_sources():
-    options = train.resolve(Options(**TINY | dict(batch=64)), evaluate.load_data("images.npz"))
+    given = TINY | dict(batch=64, ref_batch=64)
+    options = train.resolve(Options(**given), evaluate.load_data("images.npz"))
     batch = draw(batch=64, ref_batch=options.ref_batch)
     assert torch.equal(evaluate.to_float(batch.reference), batch.x0) and len(batch.x0) == 64
 
@@ -208,7 +209,8 @@ def test_stable_targets_of_a_run_have_the_mean_of_its_images_and_know_their_own(
 
 def test_the_taylor_control_is_subtracted_so_that_the_loss_varies_less():
     data, losses = evaluate.load_data("two-gaussians"), {}
-    options = train.resolve(Options(**POINTS | dict(loss="taylor", batch=2000)), data)
+    options = train.resolve(Options(**POINTS | dict(loss="taylor", batch=2000, ref_batch=2000)),
+                            data)
     denoiser = evaluate.build_denoiser(options)
     torch.nn.init.normal_(denoiser.model.out.weight)                   # a fresh network is 0
     schedule, rows = EDM(P_mean=-5.0), train.on_device(data, "cpu")    # at small sigma
