@@ -213,6 +213,8 @@ PRESETS = {
 BELONGS = dict(K=("loss", "sa"), lam=("loss", "sa"), tau=("loss", "sa"),
                level_noise=("loss", "sa"), windows=("loss", "sa"), order=("loss", "taylor"),
                P_mean=("schedule", "edm"), P_std=("schedule", "edm"))
+FOR_IMAGES = ("xflip", "augment", "mult", "attend", "dropout", "label_dropout")
+NOT_FOR_HEADS = ("loss", "weight", "ref_batch", "dropout")
 
 
 def word(name):
@@ -255,10 +257,8 @@ def resolve(options, data):
     unused = [f"{word(name)} belongs to --{other} {value}"
               for name, (other, value) in BELONGS.items()
               if name in given and getattr(options, other) != value]
-    for_images = [word(name) for name in ("xflip", "augment", "mult", "attend", "dropout",
-                                          "label_dropout") if name in given]
-    not_for_heads = [word(name) for name in ("loss", "weight", "ref_batch", "dropout")
-                     if name in given]
+    for_images = [word(name) for name in FOR_IMAGES if name in given]
+    not_for_heads = [word(name) for name in NOT_FOR_HEADS if name in given]
     few = "ref_batch" in given and options.ref_batch < options.batch
     options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
                             options.batch)

@@ -53,7 +53,7 @@ def ways(args, folders, name):
         return [(folder, analytic_covariance(*own)) for folder, own in zip(folders, found)]
     if name in ("sn", "npr"):
         plain = given(args, None) | dict(head=name, steps=args.head)
-        for option in ("loss", "weight", "ref_batch", "dropout"):      # a head has no use for them
+        for option in train.NOT_FOR_HEADS:
             plain.pop(option, None)
         return [(plot.trained(plain | dict(init=folder, seed=seed)), name)
                 for seed, folder in enumerate(folders, args.seed)]
