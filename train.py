@@ -293,7 +293,7 @@ def resolve(options, data):
          "network gets it"),
         (options.head != "none" and not_for_heads, f"{' and '.join(not_for_heads)}: the head has a "
          "loss of its own, and the network around it no dropout; leave it out"),
-        (few, "--ref-batch: the references hold the batch, and must be as many at least"),
+        (few, "--ref-batch is less than --batch, whose rows are among the references; choose more"),
         (options.holdout == 1, "--holdout 1 would leave nothing to train on"),
     ]:
         if bad:

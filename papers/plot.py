@@ -61,8 +61,8 @@ def main(paper, commands, argv=None):
         allowed = ("device", "fid_num") if trained_before else train.CHOSEN
         strange = [train.word(name) for name in args.options if name not in allowed]
         if strange:
-            raise BadInput(f"{', '.join(strange)}: not of this command" + (
-                ", for --run and --runs name trained runs" if trained_before else ""))
+            why = "the runs are trained already" if trained_before else "it belongs to train.py"
+            raise BadInput(f"{', '.join(strange)}: {why}; leave it out")
         os.makedirs(args.out, exist_ok=True)
         commands[args.command][0](args)
     return evaluate.status(f"papers.{paper}", command, "choose a smaller --batch or --num")

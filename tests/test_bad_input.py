@@ -93,7 +93,7 @@ SAMPLE, FID = "evaluate sample points --num 4 --steps 1", "evaluate fid points -
 OPTIONS = {                    # beside those of IMAGES: a part of the sentence
     "--los dsm": "--los", "--loss gan": "--loss", "--data nothing.zip": "nothing.zip",
     "--data ''": "no file, folder or data set ''",
-    "--batch 9": "--ref-batch: the references hold the batch",      # and --ref-batch 8
+    "--batch 9": "whose rows are among the references",      # and --ref-batch 8
     "--batch 0": "--batch 0 is not within [1, 65536]", "--steps many": "--steps",
     "--lr nan": "--lr", "--beta2 1": "--beta2", "--width 5": "--width",
     "--width 2048 --batch 65536 --ref-batch 65536": "choose a --micro-batch of at most",

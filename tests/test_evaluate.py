@@ -230,6 +230,7 @@ def test_a_class_can_be_named_and_a_picture_has_a_row_for_each(run):
     zero, one = (draw(run, "--class", k, "--num", 4, "--steps", 2).astype(int) for k in "01")
     both = draw(run, "--num", 4, "--steps", 2)
     assert abs(both - [*zero[:2], *one[2:]]).max() <= 1 and abs(zero - one).max() > 1
+    assert len(draw(run, "--class", 1, "--steps", 1)) == 8
     later = draw(run, "--class", 0, "--num", 3, "--steps", 2, "--seed", 1)         # seeds 1 to 3
     assert abs(later - zero[1:]).max() <= 1
 

@@ -56,8 +56,9 @@ def table(*argv):
 
 
 @pytest.mark.parametrize("line, sentence", [
-    ("loss --run a --lr 5", "--lr: not of this command, for --run and --runs name trained runs"),
-    ("solvers --runs a b --steps 7", "--steps: not"), ("loss --preset mnist", "--preset: not")])
+    ("loss --run a --lr 5", "--lr: the runs are trained already"),
+    ("solvers --runs a b --steps 7", "--steps: the runs"),
+    ("loss --preset mnist", "--preset: it belongs to train.py")])
 def test_options_that_would_have_no_effect_are_refused(line, sentence, capsys):
     assert plot.main("edm", edm.COMMANDS, line.split()) == 2
     assert sentence in capsys.readouterr().err
