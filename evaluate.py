@@ -753,7 +753,7 @@ def check_choices(denoiser, options, sampler, guide, choices):
         (variance and not callable(variance) and variance not in VARIANCES,
          f"--variance {variance} is none of {', '.join(VARIANCES)}"),
         ({"S_tmin", "S_tmax", "S_noise"} & set(choices) and not choices.get("S_churn"),
-         "--S_tmin, --S_tmax and --S_noise need --S_churn, the noise that they shape"),
+         "--S_tmin, --S_tmax and --S_noise need --S_churn, the amount of new noise"),
         (variance == "beta" and sampler == "ddim", "--variance beta belongs to --sampler ddpm"),
         (variance in ("sn", "npr") and options.head != variance, f"--variance {variance}: the run "
          f"has no such head; train one with train.py --head {variance} --init RUN"),
@@ -837,7 +837,7 @@ def save_pictures(path, panels, names=()):
     """One PNG of captioned panels side by side: [(caption, images or points), ...].
 
     names: one for each row of images, as of its class; a panel then has len(names) equal rows.
-    Points of all panels have one scale, by which those of the first fit.
+    All panels of points have one scale: the one at which the first panel's points fit.
     """
     limit = 1.1 * np.abs(panels[0][1]).max() or 1.0            # all points may be 0
     parts = [(text, panel(x, len(x) // len(names) if names else None, limit)) for text, x in panels]

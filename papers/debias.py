@@ -8,8 +8,8 @@ the predicted noise, |eps_hat - eps|^2, the same at each noise level.  The error
     x0_hat - x0 = sigma (eps - eps_hat)                                              (eq. 6, 7)
 
 where sigma, 1/sqrt(SNR), is .01 at t = 1 and 157 at t = 1000, where sampling begins.  Debias takes
-it as the weight (eq. 8).  Runs here predict the noise, on DDPM's ladder, as the paper's do.
-inverse-snr is the weight that the paper calls SNR.
+this sigma as the weight on |eps_hat - eps|^2 (eq. 8).  Runs here predict the noise, on DDPM's
+ladder, as the paper's do.  inverse-snr is the weight that the paper calls SNR.
 """
 
 import sys

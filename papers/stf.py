@@ -59,7 +59,8 @@ def target_variance(x0, noise, levels, sizes, pool, exact, g):
     """V_STF = E_x Tr Cov(stf_target) by reference size and level (STF section 5.2); D (sec. 6.1).
 
     The target's mean given x is E[x0 | x] for every n, so V is its mean square distance from that.
-    The first reference is x0; the others are rows of the pool.  n = 1 is V_DSM (STF eq. 4).
+    The first reference is x0, a draw of p(x0 | x); the others are rows of the pool, drawn anew for
+    each x0.  n = 1 is V_DSM (STF eq. 4).
     x0, noise (m, ...), levels (L,), pool (N, ...), exact(x, sigma) -> E[x0 | x] (L, d), D (L,);
     returns (m, len(sizes), L) and (m, L), to be averaged over x0.
     """
@@ -83,7 +84,8 @@ def variance(args):
     Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),  where D(sigma) =
     E_x D_f measures how far p(x0 | x) is from the data's law.  In phase 1 p(x0 | x) has less than a
     tenth of the data's variance, in phase 3 more than nine tenths.  The data are --num rows; for
-    two Gaussians V takes their true law, of which D would be infinite.  Half a minute.
+    two Gaussians V takes their true law, and D the rows: of that law D is infinite up to sigma =
+    sqrt(3) 0.14.  Half a minute.
     """
     levels, n = torch.tensor(sorted(args.levels), dtype=torch.float64), args.n[-1]
     for name in args.data:
@@ -187,8 +189,8 @@ def target_bias(x, sigma, rows, n, repeats, with_source, g):
 def bias(args):
     """The mean of STF's target against E[x0 | x], with and without the source (STF eq. 7, Thm. 1).
 
-    losses.stf_target says why there is no bias with it.  In units of the standard deviation of
-    DSM's target.  About 1 minute.
+    losses.stf_target says why there is no bias with the source.  The bias is in units of the
+    standard deviation of DSM's target.  About 1 minute.
     """
     rows, g = random_rows(args, args.data, 1000)
     rows, table = rows.flatten(1), []
