@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import tarfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -47,10 +48,10 @@ def attempt(what, cure, call, *args, **kwargs):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")        # warnings would be more than one sentence
             return call(*args, **kwargs)
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except Exception as error:      # on damaged files zlib, PIL and numpy raise nearly every type
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = textwrap.shorten(str(error), 400, placeholder=" ..") or type(error).__name__
         raise BadInput(f"cannot use {what}: {why}; {cure}") from error
 
 
@@ -70,7 +71,7 @@ def status(program, command, cure):
             print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:   # torch has no type for memory of any device
-        if "memory" not in repr(error).lower():
+        if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
         print(f"{program}: out of memory; {cure}", file=sys.stderr)
         return 2
@@ -101,6 +102,14 @@ class Progress:
               file=sys.stderr, flush=True)
 
 
+def progress(what, items):
+    """The items one by one; Progress tells how many are done."""
+    told = Progress(what, len(items))
+    for i, item in enumerate(items):
+        yield item
+        told(i + 1)
+
+
 def ranks():
     """(this process's rank, the number of ranks): torchrun starts one process for each GPU."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -116,21 +125,18 @@ def total(x):
 # ---- Data sets -----------------------------------------------------------------------------------
 
 LARGE_FILE = 4 << 30             # bytes; a larger .npy stays on disk and is memory-mapped
-POINT_SETS = ("two-gaussians", "two-gaussians-64d", "ring")
-BUILT_IN = ("digits", *POINT_SETS, "cifar10", "mnist")
+DRAWN = ("digits", "two-gaussians", "two-gaussians-64d", "ring")         # by digits() and points()
+BUILT_IN = (*DRAWN, "cifar10", "mnist")
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
            ".pgm")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # no EPS: it starts Ghostscript
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-KRIZ = "https://www.cs.toronto.edu/~kriz/"
-MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-         "https://storage.googleapis.com/cvdf-datasets/mnist/")
-DOWNLOADS = {          # file: (the addresses it is at, the first digits of its sha256)
-    "cifar-10-binary.tar.gz": ((KRIZ, f"https://web.archive.org/web/2023id_/{KRIZ}"),
-                               "c4a38c50a1bc5f3a"),
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+DOWNLOADS = {          # file: (the folder that it is in, the first digits of its sha256)
+    "cifar-10-binary.tar.gz": ("https://www.cs.toronto.edu/~kriz/", "c4a38c50a1bc5f3a"),
     "train-labels-idx1-ubyte.gz": (MNIST, "3552534a0a558bbe"),
     "train-images-idx3-ubyte.gz": (MNIST, "440fcabf73cc546f"),
-    INCEPTION: (("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",),
+    INCEPTION: ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
                 "6726825d")}
 
 
@@ -153,7 +159,7 @@ def load_data(name, size=None, data_dir="data", fresh=None):
     size: crops each image to its central square, then resizes it to size x size.
     fresh: draw so many new rows, none of load_data(name)'s, of a set that is drawn here.
     """
-    if name in ("digits", *POINT_SETS):
+    if name in DRAWN:
         more = dict(n=fresh, seed=1) if fresh else {}
         made = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
         return build(name, f"the built-in set {name}", size, *made)
@@ -202,10 +208,7 @@ def build(name, where, size, x, labels=None, classes=()):
     if size is not None and x.ndim != 4:
         raise BadInput(f"{where} has points, which --size cannot resize; choose images")
     if x.ndim == 4 and x.shape[2:] != (size or x.shape[2],) * 2:
-        def read(i):
-            return picture(images[i])
-        images, names = x, [f"image {i} of {where}" for i in range(len(x))]
-        x = gather(names, read, size)
+        x = gather([(f"image {i} of {where}", partial(picture, x[i])) for i in range(len(x))], size)
     x = np.require(x, requirements="CW")           # contiguous, writable: torch wants it so
     what = (f"points in {x.shape[1]} dimensions" if x.ndim == 2 else
             f"{'RGB' if x.shape[1] == 3 else 'gray'} images {x.shape[2]}x{x.shape[3]}")
@@ -217,34 +220,27 @@ def build(name, where, size, x, labels=None, classes=()):
     return Dataset(x, labels, list(classes), name, source, digest.hexdigest()[:12])
 
 
-def gather(names, read, size):
-    """The images of these names as one uint8 array (n, C, H, W); read(i) gives a PIL image.
-
-    C is 3 if any image has colour.
-    """
-    def image(i):
-        return decode(read(i), size)
-
-    told = Progress("reading images", len(names))
-    for i, name in enumerate(names):
-        y = attempt(name, "replace it or remove it", image, i)
+def gather(images, size):
+    """Images [(name, read), ...] as one uint8 array (n, C, H, W); C is 3 if any has colour."""
+    for i, (name, read) in enumerate(progress("reading images", images)):
+        y = attempt(name, "replace it or remove it", decode, read, size)
         if i == 0:
-            x = np.empty((len(names), *y.shape), np.uint8)
+            x = np.empty((len(images), *y.shape), np.uint8)
         if y.shape[1:] != x.shape[2:] or y.shape[1] != y.shape[2]:
             raise BadInput(f"{name} is {y.shape[2]}x{y.shape[1]}, and all must be square and of "
                            "one size; give --size N to crop and resize them")
         if len(y) > x.shape[1]:                    # the first colour after gray
             x = np.repeat(x, 3, axis=1)
         x[i] = y
-        told(i + 1)
     return x
 
 
-def decode(image, size):
-    """A PIL image -> uint8 (1, H, W) if it is gray, else (3, H, W); for size see load_data.
+def decode(read, size):
+    """The PIL image read() -> uint8 (1, H, W) if it is gray, else (3, H, W); size: see load_data.
 
     It is turned upright by its EXIF orientation, and transparent parts are laid on white.
     """
+    image = read()
     raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
     if image.mode[0] in "IF" or ";16" in raw:
         raise ValueError("it has more than 8 bits per channel; save it with 8")
@@ -299,7 +295,8 @@ def members(path):
     else:
         archive = zipfile.ZipFile(path)
         names, content = archive.namelist(), archive.read
-    parts = {name: name.replace("\\", "/").split("/") for name in sorted(set(names))}
+    parts = {name: name.replace("\\", "/").removeprefix("./").split("/")
+             for name in sorted(set(names))}
     parts = {name: p for name, p in parts.items()                      # .git/.., the Mac's ._twins
              if p[-1] and not any(part.startswith(".") for part in p)}
     strange = [name for name, p in parts.items()
@@ -322,9 +319,9 @@ def read_images(path, size):
     names = [name for name, p in parts.items() if p[-1] != "dataset.json"]
     depths, labels, classes = {len(parts[name]) for name in names}, None, []
 
-    def read(i):
+    def read(name):
         try:
-            return Image.open(io.BytesIO(content(names[i])), formats=FORMATS)
+            return Image.open(io.BytesIO(content(name)), formats=FORMATS)
         except UnidentifiedImageError:             # Pillow names an object, not the file
             raise ValueError("it is no image, or damaged") from None
     if table:
@@ -336,7 +333,7 @@ def read_images(path, size):
                        "each into the sub-folder of its class")
     elif 1 not in depths and names:
         classes, labels = np.unique([parts[name][0] for name in names], return_inverse=True)
-    x = gather([f"{path}/{name}" for name in names], read, size) if names else ()
+    x = gather([(f"{path}/{name}", partial(read, name)) for name in names], size) if names else ()
     return x, labels, list(classes)
 
 
@@ -417,25 +414,24 @@ def idx(path, rank):
 
 # ---- Data sets downloaded and drawn --------------------------------------------------------------
 
-def download(name, folder):
+def download(name, folder, other=""):
     """The path of one of DOWNLOADS in a folder; downloaded, if it is not there.
 
-    torch.hub gives the file its name when it is complete and its sha256 is right.
+    torch.hub gives the file its name when it is complete and its sha256 is right.  other: what else
+    a person can do where that fails.
     """
-    path, (places, sha256), why = Path(folder, name), DOWNLOADS[name], []
-    if path.is_file():
-        return path
-    attempt(folder, "choose another --data-dir", os.makedirs, folder, exist_ok=True)
-    socket.setdefaulttimeout(30)                   # torch.hub would wait for ever
-    for place in places:
+    path, (place, sha256) = Path(folder, name), DOWNLOADS[name]
+    if not path.is_file():
+        attempt(folder, "choose another --data-dir", os.makedirs, folder, exist_ok=True)
         print(f"downloading {place}{name}", flush=True)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)               # torch.hub would wait for ever
         try:
-            torch.hub.download_url_to_file(place + name, str(path), sha256)
-            return path
-        except Exception as error:                 # on to the next address
-            why.append(f"{place}: {' '.join(str(error).split())}")
-    raise BadInput(f"{name} could not be downloaded ({'; '.join(why)}); try again, or put that "
-                   f"file into the folder {folder} by hand")
+            attempt(place + name, f"try again, or put that file into the folder {folder} by hand"
+                    f"{other}", torch.hub.download_url_to_file, place + name, str(path), sha256)
+        finally:
+            socket.setdefaulttimeout(before)
+    return path
 
 
 def digits(n=10_000, seed=0):
@@ -524,14 +520,14 @@ def build_precondition(options):
     """sigma -> c_skip, c_out, c_in, c_noise, by --precondition: all four of a schedule; or for eps,
     x0 and v their own c_skip and c_out, and the c_in and c_noise of the run's schedule."""
     name, schedule = options.precondition, build_schedule(options)
+    if name == "schedule":
+        return schedule.precondition
     if name in SCHEDULES:
         return SCHEDULES[name]().precondition
 
     def precondition(sigma):
-        c_skip, c_out, c_in, c_noise = schedule.precondition(sigma)
-        if name != "schedule":
-            c_skip, c_out = target_coefficients(name, sigma)
-        return c_skip, c_out, c_in, c_noise
+        c_skip, c_out = target_coefficients(name, sigma)
+        return c_skip, c_out, *schedule.precondition(sigma)[2:]
     return precondition
 
 
@@ -593,11 +589,11 @@ def load_weights(denoiser, weights, run):
                        "the network as that run did") from error
 
 
-def load_run(run, device=None, weights="ema"):
+def load_run(run, device=None, weights="ema", data=None):
     """The denoiser of a run, in eval mode, and its options; options.step and .folder are new.
 
     run: a folder that train.py made, or one checkpoint in it.  weights: "ema" (the first of
-    --ema's averages), "raw", or another of --ema's half-lives.
+    --ema's averages), "raw", or another of --ema's half-lives.  data: where its data lie now.
     """
     device = pick_device(device)
     state = load_checkpoint(run, device)
@@ -605,6 +601,7 @@ def load_run(run, device=None, weights="ema"):
     options.device, options.step = device, state["step"]
     options.folder = (os.path.dirname(run) or ".") if os.path.isfile(run) else run
     denoiser = attempt(f"the options of {run}", "name another run", build_denoiser, options)
+    options.data = data or options.data
     averages = state["ema"]
     name = next(iter(averages), None) if weights == "ema" else str(weights)
     if name != "raw" and name not in averages:
@@ -649,24 +646,25 @@ CHOICES = {          # name: (lowest and highest value, help)
 VARIANCES = ("beta_tilde", "beta", "analytic", "sn", "npr")
 
 
-def generate(denoiser, options, seeds, sampler="heun", steps=18, labels=None, schedule=None,
-             guide=1.0, batch=64, callback=None, **choices):
+def generate(denoiser, options, seeds, sampler="heun", steps=18, labels=None, **choices):
     """Samples, one for each seed: float32 (len(seeds), *options.shape) on the CPU.
 
-    Images are within about [-1, 1]; to_uint8 and save_pictures turn them into pictures.  Sample i
-    depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.
-    denoiser, options: of load_run.  sampler, choices: see SAMPLERS.  labels (len(seeds),): class
-    numbers; None: in the data's shares, if the run is class-conditional.  schedule: whose time
-    steps; None: the run's own.  guide: weight of classifier-free guidance.  steps: rk45 chooses its
-    own.  callback(i, x): called after step i with the state x of a batch, for trajectories.
+    Images are within about [-1, 1]; save_pictures shows them, and to_uint8 makes pixels of them.
+    Sample i depends on seeds[i] and labels[i] alone, not on the batch it is drawn in.
+    denoiser, options: of load_run.  seeds: whole numbers below 2^31.  labels (len(seeds),): class
+    numbers; None: in the data's shares, if the run is class-conditional.  steps: rk45 chooses its
+    own.  choices: those of `drawn`, and those that belong to the sampler, see SAMPLERS.
     """
-    return torch.cat(list(drawn(denoiser, options, seeds, sampler, steps, labels, schedule, guide,
-                                batch, callback, **choices)))
+    return torch.cat(list(drawn(denoiser, options, seeds, sampler, steps, labels, **choices)))
 
 
 def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, schedule=None, guide=1.0,
           batch=64, callback=None, **choices):
-    """What generate gives, batch by batch."""
+    """What generate gives, batch by batch.
+
+    schedule: whose time steps; None: the run's own.  guide: weight of classifier-free guidance.
+    callback(i, x): called after step i with the state x of a batch, for trajectories.
+    """
     choices = check_choices(denoiser, options, sampler, guide, choices)
     schedule = schedule or build_schedule(options)
     if steps < 1 or steps != int(steps):
@@ -676,16 +674,12 @@ def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sched
     if labels is None:
         labels = draw_labels(seeds, options)
     else:
-        labels, count = np.asarray(labels), len(options.classes)
-        if not count:
-            raise BadInput("the run is not class-conditional; leave labels out")
-        whole_numbers = labels.shape == (len(seeds),) and labels.dtype.kind in "iu"
-        if not whole_numbers or labels.min() < 0 or labels.max() >= count:
-            raise BadInput(f"labels must be {len(seeds)} whole numbers, one for each seed, below "
-                           f"{count}, the number of classes")
-        labels = torch.from_numpy(labels)
+        labels, classes = torch.as_tensor(labels).cpu(), range(len(options.classes))
+        if labels.shape != (len(seeds),) or not set(labels.tolist()) <= set(classes):
+            raise BadInput(f"labels must be {len(seeds)} class numbers, one for each seed, of "
+                           f"{list(classes)}; leave them out where the run has no classes")
     D = denoiser if guide == 1 else samplers.guidance(denoiser, denoiser, guide)
-    for i in range(0, len(seeds), batch):
+    for i in progress("drawing samples, batch", range(0, len(seeds), batch)):
         own = () if labels is None else (labels[i:i + batch].to(options.device),)
         odd = [2 * seed + 1 for seed in seeds[i:i + batch]]      # training has the even seeds
         noise = samplers.seeded_noise(odd, options.shape, options.device)
@@ -793,14 +787,12 @@ def analytic_moments(denoiser, options, count=128):
     rows = torch.randperm(len(data.x), generator=g)[:count].repeat(2)
     x0, labels = take(data, rows, options.device)
     levels, moments = torch.logspace(math.log10(0.002), math.log10(200), 33), []
-    told = Progress("measuring Analytic-DPM's moments", len(levels))
-    for sigma in levels:
+    for sigma in progress("measuring Analytic-DPM's moments, noise level", levels):
         noise = torch.randn(x0[len(x0) // 2:].shape, generator=g).to(x0)
         noise = torch.cat([noise, -noise])                                        # (2 count, ...)
         x = x0 + sigma * noise
         D = in_batches(denoiser, x, sigma, labels if options.classes else None)
         moments.append(1 + (((x - D) / sigma).double() ** 2 - noise.double() ** 2).mean().item())
-        told(len(moments))
     return levels.tolist(), moments
 
 
@@ -836,9 +828,11 @@ def panel(x, columns, limit, cell=64):
 def save_pictures(path, panels, names=()):
     """One PNG of captioned panels side by side: [(caption, images or points), ...].
 
+    Images are uint8, or within [-1, 1] as generate gives them; arrays or tensors.
     names: one for each row of images, as of its class; a panel then has len(names) equal rows.
     All panels of points have one scale: the one at which the first panel's points fit.
     """
+    panels = [(text, to_uint8(torch.as_tensor(x))) for text, x in panels]
     limit = 1.1 * np.abs(panels[0][1]).max() or 1.0            # all points may be 0
     parts = [(text, panel(x, len(x) // len(names) if names else None, limit)) for text, x in panels]
     gap, top, font = 16, 28, ImageFont.load_default(size=16)
@@ -909,11 +903,7 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
                 x = torch.nn.functional.adaptive_avg_pool2d(x, 16)
             return x.flatten(1).double()
         return kind, extract_pixels
-    try:
-        path = download(INCEPTION, data_dir)
-    except BadInput as error:
-        raise BadInput(f"{error}; or choose pixels as features") from None
-    network = Inception()
+    path, network = download(INCEPTION, data_dir, "; or choose pixels as features"), Inception()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:      # torch's own text runs over lines and advises to unpickle
@@ -929,17 +919,15 @@ def extractor(kind, shape, data_dir="data", device="cpu"):
 
 
 @torch.no_grad()
-def measure(batches, extract, count):
-    """Mean (d,) and covariance (d, d) of the features of batches of `count` rows in all.
+def measure(batches, extract):
+    """Mean (d,) and covariance (d, d) of the features of batches of images or points.
 
     Every rank brings its own batches and gets the moments of all.
     """
     n, x, xx = torch.zeros((), dtype=torch.float64), 0, 0
-    told = Progress("measuring samples", count)
     for batch in batches:
         features = extract(torch.from_numpy(to_uint8(batch)))
         n, x, xx = n + len(batch), x + features.sum(0), xx + features.T @ features
-        told(int(n))
     n, x, xx = total(n), total(x), total(xx)
     if not xx.isfinite().all():
         raise FloatingPointError("the features are not finite: damaged weights, or samples")
@@ -977,9 +965,8 @@ def real_statistics(data, num, features, seed=0, most=50_000, batch=64):
     rank, world = ranks()
 
     def moments(rows):
-        mine = rows[rank::world]
-        batches = (torch.from_numpy(data.x[part.numpy()]) for part in mine.split(batch))
-        return measure(batches, features[1], len(mine))
+        parts = progress("measuring real rows, batch", rows[rank::world].split(batch))
+        return measure((torch.from_numpy(data.x[part.numpy()]) for part in parts), features[1])
     mean, cov = moments(rows)
     floor = math.nan
     if 2 * num <= len(rows):
@@ -993,7 +980,7 @@ def run_distance(denoiser, options, seeds, features, real, batch=None, **how):
     rank, world = ranks()
     own, batch = seeds[rank::world], batch or (64 if len(options.shape) > 1 else 4096)
     samples = drawn(denoiser, options, own, batch=batch, **how)
-    return frechet_distance(*measure(samples, features[1], len(own)), real["mean"], real["cov"])
+    return frechet_distance(*measure(samples, features[1]), real["mean"], real["cov"])
 
 
 # ---- Loss by noise level -------------------------------------------------------------------------
@@ -1007,7 +994,7 @@ def held_out(data, options, count=None):
     New draws of a built-in set, else every `holdout`-th row.  Without such rows: training rows.
     """
     count, k = count or (64 if data.x.ndim == 4 else 1000), options.holdout
-    if options.data in ("digits", *POINT_SETS):
+    if options.data in DRAWN:
         data, k = load_data(options.data, options.size, options.data_dir, fresh=count), 0
     N = len(data.x)
     rows = torch.arange(k - 1, N, k) if 0 < k <= N else torch.arange(N)
@@ -1074,7 +1061,7 @@ def print_levels(table, options, data):
 def draw_run(folder, table):
     """loss.png, where matplotlib is installed: the loss by step, and noise_table as curves."""
     try:
-        from matplotlib import figure, ticker
+        from matplotlib import figure
     except ImportError:
         print("(with matplotlib installed, a picture of the loss would be drawn)")
         return
@@ -1086,23 +1073,15 @@ def draw_run(folder, table):
     span = max(len(losses) // 20, 1)
     means = np.convolve(losses, np.ones(span) / span, "valid")
     sigma, dsm, stf, _ = zip(*table)
-    page = figure.Figure(figsize=(13, 4), layout="tight")
-    left, middle, right = page.subplots(1, 3)
-    left.semilogy(steps, losses, linewidth=0.5, label="each step")
-    left.semilogy(steps[span // 2:][:len(means)], means, label=f"mean of {span} steps around it")
-    left.set(xlabel="step", ylabel="loss", title="training")
-    middle.loglog(sigma, dsm, label="to x0: DSM")
-    middle.loglog(sigma, stf, "--", label="to x0's mean: STF")
-    middle.set(xlabel="noise level sigma", ylabel="squared error, weighted",
-               title="the trained network")
+    page = figure.Figure(figsize=(9, 4), layout="tight")
+    left, right = page.subplots(1, 2)
+    left.plot(steps, losses, linewidth=0.5, label="each step")
+    left.plot(steps[span // 2:][:len(means)], means, label=f"mean of {span} steps around it")
+    left.set(xlabel="step", ylabel="loss", ylim=(0, 2 * means.max()), title="training")
+    left.legend(fontsize=8)
     right.semilogx(sigma, [1 - b / a for a, b in zip(dsm, stf)])
     right.set(xlabel="noise level sigma", ylim=(0, 1), title="where STF acts",
               ylabel="share of noise in DSM's loss, at least")
-    for axes in (left, middle):
-        axes.yaxis.set_major_formatter("{x:g}")                                 # .2, not 2 x 10^-1
-        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.legend(fontsize=8)
     page.suptitle(folder)
     page.savefig(f"{folder}/loss.png", dpi=100)
     print(f"picture     {folder}/loss.png")
@@ -1121,13 +1100,6 @@ class Counted:
         return self.denoiser(x, sigma, *labels, **more)
 
 
-def open_run(args):
-    """load_run out of the command line."""
-    denoiser, options = load_run(args.run, args.device, args.weights)
-    options.data = args.data or options.data
-    return denoiser, options
-
-
 def sampling(args, denoiser, options):
     """generate's arguments out of the command line, and a line that says them."""
     choices = {name: getattr(args, name) for name in CHOICES}
@@ -1144,11 +1116,12 @@ def sampling(args, denoiser, options):
 
 def sample(args):
     """evaluate.py sample: draws samples of a run and saves them."""
-    denoiser, options = open_run(args)
-    images = len(options.shape) > 1
+    denoiser, options = load_run(args.run, args.device, args.weights, args.data)
+    images, to_array = len(options.shape) > 1, (args.out or "").endswith(".npz")
     each = 8 if args.label is not None else 8 * len(options.classes[:10]) or 64
     num = args.num or (each if images else 4000)
-    labels, names = class_grid(options, num)
+    seeds = range(args.seed, args.seed + num)
+    labels, names = (draw_labels(seeds, options), []) if to_array else class_grid(options, num)
     how, text = sampling(args, denoiser, options)
     if args.label is not None:
         if args.label not in options.classes:
@@ -1158,24 +1131,18 @@ def sample(args):
         labels, names = torch.full((num,), list(options.classes).index(args.label)), []
         text += f", class {args.label}"
     name = text.replace(" steps", "").replace(", ", "-").replace(" ", "-").replace("/", "-")
-    if os.path.isfile(args.run):
-        name += f"-{Path(args.run).stem}"
-    out = args.out or f"{options.folder}/{name}.png"
-    if not out.endswith((".png", ".npz")):
+    out = args.out or f"{options.folder}/{name}-at-{options.step}.png"
+    if not to_array and not out.endswith(".png"):
         raise BadInput(f"--out {out} ends neither in .png nor in .npz; choose another name")
     batch, frames = args.batch if images and not args.gif else num, []
 
     def keep(i, x):
         if args.gif:
             frames.append(x)
-    start, counted, parts = time.time(), Counted(denoiser), []
-    told = Progress("drawing samples", num)
-    for x in drawn(counted, options, range(args.seed, args.seed + num), labels=labels, batch=batch,
-                   callback=keep, **how):
-        parts.append(to_uint8(x))
-        told(sum(map(len, parts)))
-    x = np.concatenate(parts)
-    if out.endswith(".npz"):
+    start, counted = time.time(), Counted(denoiser)
+    x = np.concatenate([to_uint8(x) for x in drawn(
+        counted, options, seeds, labels=labels, batch=batch, callback=keep, **how)])
+    if to_array:
         whole(out, np.savez, images=x, **({} if labels is None else {"labels": labels.numpy()}))
     else:
         save_pictures(out, [(text, x)], names)
@@ -1188,7 +1155,7 @@ def sample(args):
 
 def fid(args):
     """evaluate.py fid: the Frechet distance of a run's samples to the data, beside the floor."""
-    denoiser, options = open_run(args)
+    denoiser, options = load_run(args.run, args.device, args.weights, args.data)
     how, text = sampling(args, denoiser, options)
     shape, images = tuple(options.shape), len(options.shape) > 1
     num = args.num or (2000 if images else 4000)
@@ -1215,7 +1182,7 @@ def fid(args):
 
 def levels(args):
     """evaluate.py levels: the loss at each noise level, and the share of it that is noise."""
-    denoiser, options = open_run(args)
+    denoiser, options = load_run(args.run, args.device, args.weights, args.data)
     data = run_data(options)
     print(f"{args.run} at step {options.step}\n")
     print_levels(noise_table(denoiser, options, data), options, data)

@@ -6,9 +6,9 @@
     every loss returns (B,);  every shape rank works: (B, 2) points as well as (B, C, H, W)
     Needs: names the other functions of this file that must travel with a copy
 
-D seen otherwise: eps_hat = (x - D)/sigma, score = (D - x)/sigma^2.  In losses and their controls
-|.|^2 and a.b are means over a sample's coordinates, so that losses compare across sizes (published
-code sums); elsewhere, as in STF's |x - y_k|^2, they are sums.  Labels are bound to `denoise` by the
+D seen otherwise: eps_hat = (x - D)/sigma, score = (D - x)/sigma^2.  In losses |.|^2 is a mean over
+a sample's coordinates, so that losses compare across sizes (published code sums); in STF's
+|x - y_k|^2 and in the Taylor control products are sums.  Labels are bound to `denoise` by the
 caller, and appear here only where references of another class must not count.
 
 Sources: EDM = Karras et al. 2022; STF = Xu et al. 2023, "Stable Target Field for Reduced Variance
@@ -30,7 +30,7 @@ import torch
 #     w_v   |v_hat - v|^2     = lambda |D - x0|^2    w_v   = lambda sigma^2/(1 + sigma^2)
 #     w_F   |F_hat - F|^2     = lambda |D - x0|^2    w_F   = lambda c_out^2      (EDM eq. 8)
 #
-# with SNR = 1/sigma^2.  Published code states w_eps; the docstrings give both.
+# with SNR = 1/sigma^2.  Published code states w_eps, EDM w_F; the docstrings have it beside lambda.
 
 def constant_weight(sigma):
     """lambda = 1/sigma^2: w_eps = 1, DDPM's simple loss (DB eq. 1).  Needs: nothing."""
@@ -40,7 +40,7 @@ def constant_weight(sigma):
 def p2_weight(sigma, k=1.0, gamma=1.0):
     """lambda = 1/(sigma^2 (k + SNR)^gamma): w_eps = 1/(k + SNR)^gamma (P2).
 
-    Written in sigma: no inf/inf at SNR = inf; for gamma = 1, 1/(1 + k sigma^2).  Needs: nothing.
+    Written without SNR, so that sigma may be 0 where gamma is at least 1.  Needs: nothing.
     """
     return sigma ** (2 * gamma - 2) / (k * sigma ** 2 + 1) ** gamma
 
@@ -94,9 +94,9 @@ def dsm_loss(denoise, x0, noise, sigma, weight):
 def antithetic_loss(denoise, x0, noise, sigma, weight):
     """The mean of dsm_loss at noise and at -noise, an antithetic pair.
 
-    What is odd in the noise cancels; that is most of the variance at small sigma.  The pair costs
-    two evaluations of D, in one call.  A Taylor control variate of order 0 costs as much, and
-    has to take more variance away to be worth it.  Needs: together.
+    What is odd in the noise cancels: at small sigma, most of the variance of the gradient, though
+    not of the loss.  The pair costs two evaluations of D, in one call.  A Taylor control variate of
+    order 0 costs as much, and has to take more variance away to be worth it.  Needs: together.
     """
     x = x0 + sigma * torch.stack([noise, -noise])                                 # (2, B, ...)
     D = together(denoise, x, torch.stack([sigma, sigma]))
@@ -130,14 +130,14 @@ def rows(reference, like, chunk=512):
 def stf_weights(x, sigma, reference, labels=None, reference_labels=None, chunk=512, transform=None):
     """Posterior weights of references y_k: softmax_k(-|x - y_k|^2 / (2 sigma^2))   (STF eq. 5).
 
-    This is attention with query x and keys y.  The exponent is needed only up to a constant per
-    row, (x.y_k - |y_k|^2/2) / sigma^2, so one matrix product gives it.
+    This is attention with query x and keys y.  |x|^2 is the same for all k and drops out; what is
+    left of the exponent, (x.y_k - |y_k|^2/2)/sigma^2, is one matrix product.
 
     x (B, ...), sigma (B, 1, ..., 1), reference (n, ...), like x or uint8 images that stand for
     [-1, 1], on any device -> (B, n) float64.  Time O(B n d), memory O(B n + chunk d), never
     (B, n, d).  With labels (B,) and reference_labels (n,) only references of the sample's own class
     count, as a class-conditional D demands; NaN where there is none.  1/sum_k w_k^2 is the
-    effective sample size: where it is 1, the target is x0 and nothing is won.
+    effective sample size: where it is 1, the target is the nearest reference, x0: nothing is won.
     transform: a function of (m, ...) references, which then stand for y_k; None: as they are.
 
     float64 inside, whatever the inputs and autocast: the difference of two large products, over
@@ -166,8 +166,8 @@ def stf_target(x, sigma, reference, labels=None, reference_labels=None, chunk=51
     precision as in stf_weights.
 
     Unbiased for every n, if each x's own source is among its references: given x and the unordered
-    batch, the source is row k with probability w_k, so the target is E[x0 | x, batch], whose mean
-    (eq. 7) is E[x0 | x].  The paper calls the target biased; that is true only of references
+    batch, row k is the source with probability w_k, so the target is E[x0 | x, batch], whose mean
+    is E[x0 | x].  The paper (eq. 7) calls the target biased; that is true only of references
     without the source.  One reference is plain DSM; a whole finite data set gives its exact
     posterior mean.  Needs: stf_weights, weighted_sum, rows.
     """
@@ -213,12 +213,13 @@ def sa_tau(ladder, t, K, kind="unit"):
         tau_i = sqrt(ab_1) sigma_1^2 (sigma_i^2 - sigma_{i-1}^2) / (sigma_i sigma_{i-1}^2)
 
     which is the paper's formula in sigma, with ab_1 = 1/(1 + sigma_1^2).  An error e of eps_hat at
-    step i moves x_{i-1} by (1 - sigma_{i-1}^2/sigma_i^2) sigma_i e, and each later step j shrinks
-    that by sigma_{j-1}^2/sigma_j^2; the product telescopes.
+    step i moves x_{i-1} by -(1 - sigma_{i-1}^2/sigma_i^2) sigma_i e, and each later step j shrinks
+    that by sigma_{j-1}^2/sigma_j^2; the product telescopes, and sqrt(ab_1) is DDPM's scale of x_1.
 
     kind 'unit': 1, as the published code has it;  'paper': tau_i, and tau_1 = 0: on linear betas it
     falls from 8e-3 at i = 2 to 1e-8 at 1000, so that its loss does next to nothing;  'window':
-    tau_s/tau_t, so that level t has the factor 1, also at t = 1.  ValueError: another kind.
+    tau_s/tau_t, or tau_s/tau_T for t > T, so that the highest level has the factor 1, also at
+    t = 1.  ValueError: another kind.
 
     ladder (T,), t (B,) int64 -> (K, B) float64.  t in 1..T, as published, or in 0..T+K-1, as in
     the paper, where each level is in K windows.  Needs: nothing.
@@ -256,7 +257,7 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
     L_simple is dsm_loss at the first of the K levels; all K go through the network in one call.
     Published: lam 1, .3, .2 for K = 2, 3, 4, and an independent noise at each level.  Those noises
     share x0 alone, so the cross terms pull the minimiser away from E[x0 | x]: on Gaussian data with
-    K = 2, lam = 1 it predicts .75 of the noise at t = 10.  With path_noise that is .98.
+    K = 2, lam = 1 it predicts .75 of E[noise | x] at t = 10.  With path_noise that is .98.
 
     x0 (B, ...), noise (K, B, ...), sigma, tau (K, B, 1, ..., 1) -> (B,).  Needs: together.
     """
@@ -268,8 +269,8 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 
 # ---- Taylor control variates ---------------------------------------------------------------------
 # A control variate is a function of (x0, noise) whose mean over the noise is known to be 0, and
-# which rises and falls with the loss.  Subtracting it keeps the mean of the loss and of its
-# gradient, and takes variance away (TCV Theorem 3.1).  With D = c_skip x + c_out F, the loss is
+# whose gradient rises and falls with that of the loss.  Subtracting it keeps the mean of both, and
+# takes variance from the gradient (TCV section 3).  With D = c_skip x + c_out F, the loss is
 #
 #     lambda |D - x0|^2 = lambda c_out^2 |F - t|^2,    F's target t = a x0 - b noise,
 #     a = (1 - c_skip)/c_out,  b = c_skip sigma/c_out
@@ -282,7 +283,7 @@ def sa_loss(denoise, x0, noise, sigma, weight, tau, lam=1.0):
 # Products here are sums over coordinates; taylor_terms takes the mean over them at the end.
 
 def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
-    """c_out^2 b (T^k.noise - E), coordinate by coordinate; its sum has mean 0 over the noise.
+    """The terms, one for each coordinate, whose sum is c_out^2 b (T^k.noise - E), of mean 0.
 
     F is known only through G = c_out F.  As c_out b = c_skip sigma, with G's T and E this is
 
@@ -310,21 +311,22 @@ def taylor_control(D0, y, noise, sigma, c_skip, order=0, probe=None):
         dot = dot + sigma * (product(noise) * noise - product(probe) * probe)
     if order > 1:
         curve = (product(noise) * noise + 0 * y).sum()     # noise.J noise; + 0 y: J may be constant
-        H = torch.autograd.grad(curve, y, create_graph=True)[0]                   # H[noise, .]
+        H = torch.autograd.grad(curve, y, create_graph=True)[0]              # noise.H[noise, .]
         dot = dot + sigma ** 2 / 2 * H * noise
     return c_skip * sigma * dot
 
 
-def taylor_terms(denoise, x0, noise, sigma, weight, c_skip, order=0, probe=None):
+def taylor_terms(denoise, x0, noise, sigma, weight, precondition, order=0, probe=None):
     """dsm_loss and its control variate of order 0, 1 or 2, both (B,)   (TCV).
 
     Minimise loss - beta(sigma) control, with beta from past batches (RunningBeta).  The gradient
     keeps its mean for every network, order, beta and sigma.  Order 0 does nearly all the work, at
     sigma well below the data's own scale; order 1 gains a constant factor, order 2 hardly anything.
 
-    c_skip: the function of sigma in D = c_skip x + c_out F.  D is called once, on 2 B rows.
-    Orders 1 and 2 add a backward pass through D for each product in taylor_control; D's attention
-    must have second derivatives then (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
+    precondition: sigma -> c_skip, ..., that of D.  D is called once, on 2 B rows.
+    Orders 1 and 2 add a backward pass through D for each product in taylor_control, and order 2 one
+    through such a pass; D's attention must have second derivatives then
+    (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
     Needs: together, taylor_control.
     """
     y = x0.detach()
@@ -332,7 +334,8 @@ def taylor_terms(denoise, x0, noise, sigma, weight, c_skip, order=0, probe=None)
         y.requires_grad_()
     x = torch.stack([x0 + sigma * noise, y])                                      # (2, B, ...)
     D, D0 = together(denoise, x, torch.stack([sigma, sigma]))
-    control = taylor_control(D0, y, noise, sigma, c_skip(sigma), order, probe)
+    c_skip, *_ = precondition(sigma)
+    control = taylor_control(D0, y, noise, sigma, c_skip, order, probe)
     loss, control = weight(sigma) * (D - x0) ** 2, 2 * weight(sigma) * control
     return loss.flatten(1).mean(1), control.flatten(1).mean(1)                    # (B,), (B,)
 
@@ -342,10 +345,10 @@ class RunningBeta:
 
     g_loss and g_control are per-sample gradients of a few parameters; those of the last layer are
     a good proxy for all.  beta must come from past batches: one from the same batch adds bias.
-    Each bin of ln sigma keeps running sums, in which each new sample multiplies the old ones by
-    `decay`.  With n, the number of samples, decayed too, beta is (n measured + 4 guess)/(n + 4).
-    The guess is 1/(1 + (sigma/scale)^1.3), where scale is about twice the smallest local spread of
-    the data.  beta is clamped to [0, 1.2] and has sigma's shape.
+    Each bin of ln sigma keeps running sums of both and of n, the number of samples; each new sample
+    multiplies the old sums by `decay`.  beta is (n measured + 4 guess)/(n + 4), clamped to
+    [0, 1.2], of sigma's shape.  The guess is 1/(1 + (sigma/scale)^1.3), where scale is about twice
+    the smallest local spread of the data, here that of the ring.
     All state is one tensor, sums (3, bins).  Needs: nothing.
     """
 

@@ -28,9 +28,8 @@ class Denoiser(nn.Module):
     amp: torch.bfloat16 or torch.float16 to run F under autocast; the arithmetic around F is
     float32, or float64 where x is, whatever autocast does.
 
-    x (B, ...), sigma 0-d or (B, 1, ..., 1) -> (B, ...).  Labels (n,) with n < B are those of the
-    first n rows, and are repeated for the others: a loss that calls D on c copies of its batch
-    sends c n rows and n labels.
+    x (B, ...), sigma 0-d or (B, 1, ..., 1) -> (B, ...).  There may be n < B labels: they are
+    repeated B/n times, for losses that call D on several copies of their n samples.
 
     A model with a second head gives twice the channels; head=True returns D and the second half,
     unscaled, for the covariances of SN-DPM and NPR-DPM.
@@ -231,8 +230,9 @@ class UNet(nn.Module):
     channels of the images, in and out
     width    channels at the first level, times mult[level] at each
     blocks   per level of the encoder; the decoder has one more
-    attend   resolutions with attention (in the encoder in every block; in the decoder in each
-             level's last block, ADM in every one); the decoder's very first block always attends
+    attend   resolutions with attention (in the encoder in every block but the down-sampling ones;
+             in the decoder in each level's last block, ADM in every one); the decoder's very first
+             block always attends
     dropout  of the activations within blocks
     augment_dim  length of the augmentation labels, 0 for none
     fir      resampling filter
@@ -446,8 +446,8 @@ class Inception(nn.Module):
     the public pt_inception-2015-12-05-6726825d.pth: load_state_dict accepts that file.
 
     images (B, 3, H, W), uint8 or float in 0..255 -> pool3 (B, 2048), logits (B, 1008).
-    Published figures come from this very network, so its quirks are kept.  It only measures: made
-    in eval mode, its weights without gradients.  float32 whatever autocast does.
+    The quirks of TF's network are kept; resizing and scaling are pytorch-fid's.  It only measures:
+    made in eval mode, its weights without gradients.  float32 whatever autocast does.
     Needs: ConvBN, Mixed.
     """
 

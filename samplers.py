@@ -11,7 +11,8 @@
     callback     callback(i, x) after step i = 0, 1, ..., for trajectories; x is its to keep
 
 Keep t on the CPU, in float64: its entries then act as plain numbers on x of any device and type,
-and only rk45 waits for the device.  Each docstring gives the NFE, the calls of denoise per sample.
+and only rk45 waits for the device before its end.  Each docstring gives the NFE, the calls of
+denoise per sample.
 An x that is not finite is a FloatingPointError at the end (rk45: at once), naming step and sigma.
 
 Sources: EDM = Karras et al. 2022, SDE = Song, Sohl-Dickstein et al. 2021, DDPM = Ho et al. 2020,
@@ -39,7 +40,7 @@ def record(x, finite, callback):
 def checked(x, finite, sigma):
     """x, if it was finite after every step; otherwise FloatingPointError says since which.
 
-    finite: N 0-d bools, sigma (N + 1,).  Samplers but rk45 wait for the device only here.
+    finite: N 0-d bools, sigma (N + 1,).  It waits for the device, once.
     Needs: nothing.
     """
     finite = torch.stack(finite).tolist() if finite else []
@@ -158,8 +159,8 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
         h <- h min(max(.9 r^(-1/5), .2), 10);    the step after a refused one does not grow h
 
     It goes from t[0] to the last t_i > 0 in steps of its own; the t_i between do not matter.  The
-    first h makes h |dx/dt| 1 % of |x|, both in that norm, but is at least 1e-6 of the whole way
-    and at most all of it.  Then comes Euler's step to 0, whose slope is known already; pass t[:-1]
+    first h moves x by 1 % of |x|, in r's norm, but is at least 1e-6 of the whole way and at most
+    all of it.  Then comes Euler's step to 0, whose slope is known already; pass t[:-1]
     to stop before it.  Each sample has its own r and h, and so does not depend on its batch.
     denoise gets x (b, ...), sigma (b, 1, ..., 1) and the same b rows of each tensor in labels.
     x (B, ...), t (N + 1,) -> x (B, ...), NFE (B,) int64.  Errors: FloatingPointError where x is
@@ -295,9 +296,9 @@ def ddim(denoise, x, sigma, noise=None, eta=0.0, covariance=None, cap=None, call
     With ab = 1/(1 + a^2) and ab' = 1/(1 + b^2), w is 1/ab' times the variance of DDIM eq. 16,
     eta^2 (1 - ab')/(1 - ab) (1 - ab/ab').
     covariance(x, sigma, D) -> Cov[x0 | x], to broadcast to x; None is 0, as published for DDIM.
-    cap: limits the noise of the last noisy step, to the smallest sigma > 0, to a mean |noise| of
-    cap grey levels (2/255 each), sqrt(w + ...) <= sqrt(1 + b^2) cap (2/255) sqrt(pi/2): for images
-    (2 in DDPM, 1 in DDIM).  None: no cap.  The step to 0 is D, without noise.
+    cap: the last noisy step, to the smallest sigma > 0, adds noise of at most cap grey levels
+    (2/255 each) on average, sqrt(w + ...) <= sqrt(1 + b^2) cap (2/255) sqrt(pi/2).  Published, for
+    images: 2 in DDPM, 1 in DDIM.  None: no cap.  The step to 0 is D, without noise.
     eta = 0 without covariance is Euler in sigma(t) = t and calls no noise.  eta = 1 is DDPM.
     x (B, ...), sigma (N + 1,), noise() -> (B, ...).  Needs: level, record, checked.
     """
@@ -321,9 +322,9 @@ def ddpm(denoise, x, sigma, noise, variance="beta_tilde", cap=None, callback=Non
     """Ancestral sampling (DDPM Algorithm 2, SA Algorithm 1): DDIM with eta = 1.  NFE = N.
 
         x <- D + (b/a)^2 (x - D) + sqrt(v) noise         from sigma_i = a to sigma_{i+1} = b
-        v = beta_tilde = (b/a)^2 (a^2 - b^2)             right where the data is a single point
-        v = beta = (a^2 - b^2) (1 + b^2)/(1 + a^2)       right where the data is N(0, I)
-        v = beta_tilde + (1 - (b/a)^2)^2 Cov[x0 | x]     right where it is N(mu, diagonal)
+        v = beta_tilde = (b/a)^2 (a^2 - b^2)             exact for data that are a single point
+        v = beta = (a^2 - b^2) (1 + b^2)/(1 + a^2)       exact for data N(0, I)
+        v = beta_tilde + (1 - (b/a)^2)^2 Cov[x0 | x]     exact for data N(mu, diagonal)
 
     The first two are the third with Cov = 0 and Cov = a^2/(1 + a^2).  variance: a name, or the
     covariance(x, sigma, D); the rest as in ddim.  Errors: ValueError for any other name.
@@ -407,9 +408,10 @@ def snr_step(score, z, snr, alpha):
         step = 2 alpha (snr |z|/|score|)^2,     norms over each sample
 
     Published code takes the batch's mean norms, so that samples depend on each other.  The norms of
-    one sample depend on x, so the law that small Langevin steps then keep has, for a Gaussian,
-    (1 + 2/d)^2 times the variance in d dimensions: negligible for images, fatal in few dimensions,
-    where |score| can be near 0.  score, z (B, ...), alpha 0-d -> (B, 1, ..., 1).  Needs: nothing.
+    one sample depend on x and z, so small Langevin steps keep another law than the score's: for
+    N(0, s^2 I) one of (1 + 2/d)^2 times the variance in d dimensions.  That is negligible for
+    images, and fatal in few dimensions, where |score| can be near 0.
+    score, z (B, ...), alpha 0-d -> (B, 1, ..., 1).  Needs: nothing.
     """
     ratio = z.flatten(1).norm(dim=1) / score.flatten(1).norm(dim=1)                       # (B,)
     return 2 * alpha * (snr * ratio.view(-1, *[1] * (z.ndim - 1))) ** 2
@@ -426,7 +428,7 @@ def predictor_corrector(denoise, x, t, schedule, noise, snr=0.16, norms=True, ca
     in the step to 0.  a and v are the forward transition's: VE a = 1; VP a = sqrt(1 - beta),
     v = beta.  step: snr_step with alpha = a^2; without norms, for points, 2 alpha (snr s sigma)^2,
     which is snr_step's value where x is pure noise.  As a Langevin step is finite, the variance is
-    too large, by a share of about snr^2.
+    too large: at high noise, where N is large, by a share of about snr^2.
     x (B, ...), t (N + 1,), noise() -> (B, ...).  Needs: langevin, snr_step, level, record, checked.
     """
     def score(x, s, sigma):

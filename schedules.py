@@ -3,7 +3,7 @@
     x(t) = s(t) (x0 + sigma(t) noise)            the noisy sample at time t
     D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)      the denoiser around a raw network F
 
-Every class has the same members in the same order, for a comparison line by line:
+Every class has the same members, for a comparison line by line (the ladders' are in Ladder):
 
     sigma(t)  sigma_inv(sigma)  dsigma(t)      noise level, its inverse, its derivative in t
     s(t)  ds(t)                                scale and its derivative in t

@@ -11,7 +11,8 @@ A step, as the loop in `run` has it:
 
 The batch is a pure function of (seed, step): there is no loader and no sampler state.  So a run
 that is killed and resumed takes the same steps as one that is not, ranks and micro-batches only
-share out the rows of a batch, and two losses see the same images and the same noise.
+share out the rows of a batch, and two losses see the same images and (but for sa, which needs K
+noises) the same noise.
 
 At a first reading, begin at `draw_batch`, then read `objective` and the loop in `run`.
 """
@@ -25,10 +26,12 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
+import timeit
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,7 +78,8 @@ class Options:
                        "on pairs of opposite noises (antithetic), with a Taylor control variate "
                        "(taylor); or sequence-aware (sa)",
                        choices=(*STABLE_LOSSES, *LOSSES, "sa", "taylor"))
-    ref_batch: int = option(None, "number of STF's reference rows, the batch among them", 1)
+    ref_batch: int = option(None, "number of STF's reference rows, the batch among them; at most "
+                            "all rows", 1)
     K: int = option(2, "sa: number of consecutive noise levels", 1, 1000)
     lam: float = option(None, "sa: weight of the term of K errors (default: 0, 1, .3 for K = 1, 2, "
                         "3, else .2)", 0)
@@ -83,11 +87,11 @@ class Options:
                       "tau (paper), or tau over the highest level's (window)",
                       choices=("unit", "window", "paper"))
     level_noise: str = option("independent", "sa: a noise for each level, as published "
-                              "(independent), or those of one forward path, nearly unbiased (path)",
+                              "(independent), or those of one forward path, less biased (path)",
                               choices=("independent", "path"))
     windows: str = option("down", "sa: the highest of the K levels is one of 1 to T, as in the "
-                          "authors' code (down), or of 0 to T+K-1, as in their paper (up); levels "
-                          "outside 1 to T are left out", choices=("down", "up"))
+                          "authors' code (down), or of 0 to T+K-1, as in their paper (up); only "
+                          "levels from 1 to T count", choices=("down", "up"))
     order: int = option(0, "taylor: order of the polynomial around the clean image", 0, 2)
     head: str = option("none", "add an output to --init's network, for the variance of a sampling "
                        "step (evaluate.py sample --variance), and train it alone",
@@ -100,8 +104,7 @@ class Options:
     weight: str = option("schedule", "weight of the loss by noise level; schedule: the schedule's "
                          "own", choices=("schedule", *WEIGHTS))
     precondition: str = option("schedule", "scaling around the network: that of --schedule "
-                               "(schedule), of another, or of a network that predicts eps, x0 or "
-                               "v",
+                               "(schedule), of another, or to predict eps, x0 or v",
                                choices=("schedule", *SCHEDULES, "eps", "x0", "v"))
     # network; used in evaluate.build_denoiser
     arch: str = option(None, "mlp for points; unet, a small one; ddpmpp, ncsnpp or adm, as "
@@ -144,7 +147,7 @@ class Options:
     fid_features: str = option(None, "what they are measured on: pixels, or the features of "
                                "Inception, which is downloaded", choices=("pixels", "inception"))
     sample_every: int = option(None, "steps between pictures of samples; 0: only at the end", 0)
-    sample_steps: int = option(None, "steps of Heun's method for pictures and distances", 1)
+    sample_steps: int = option(None, "steps of Heun's method for pictures and distances", 1, 500)
     checkpoint_every: int = option(None, "steps between checkpoints", 1)
     keep: int = option(2, "number of checkpoints kept, beside best.pt", 1)
     # facts about the data, filled in by `resolve`: not on the command line
@@ -156,8 +159,8 @@ class Options:
 
 CHOSEN = {field.name: field for field in dataclasses.fields(Options) if field.metadata}
 MAY_CHANGE = ("data", "data_dir", "steps", "device", "compile", "micro_batch", "eval_every",
-              "fid_every", "fid_num", "fid_features", "sample_every", "sample_steps",
-              "checkpoint_every", "keep")                                          # in --resume
+              "fid_every", "sample_every", "sample_steps", "checkpoint_every",
+              "keep")                                                              # in --resume
 
 KINDS = {     # the defaults that depend on the kind of data, and for images on the machine
     "digits": dict(holdout=0, cond=True, ref_batch=1024, schedule="edm", P_mean=-0.5, P_std=1.0,
@@ -172,10 +175,10 @@ KINDS = {     # the defaults that depend on the kind of data, and for images on 
                    arch="ddpmpp", steps=100_000, batch=128, lr=1e-3, warmup=1000, decay=0.0,
                    beta2=0.999, ema=(500_000,), eval_every=5000, fid_num=2048,
                    fid_features="inception", sample_every=5000, sample_steps=18,
-                   checkpoint_every=1000)}
-KINDS["images without a GPU"] = KINDS["images"] | dict(
-    arch="unet", steps=2000, batch=16, lr=2e-3, warmup=50, decay=0.7, beta2=0.99, ema=(5000,),
-    eval_every=500, sample_every=500, checkpoint_every=200)
+                   checkpoint_every=1000),
+    "images without a GPU": dict(                                      # as images, but for these
+        arch="unet", steps=2000, batch=16, lr=2e-3, warmup=50, decay=0.7, beta2=0.99, ema=(5000,),
+        eval_every=500, sample_every=500, checkpoint_every=200)}
 
 # The papers' runs: batch, rates, dropout, augmentation, averages and steps as published.
 SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema=(887_000,), dropout=0.1,
@@ -190,10 +193,10 @@ PRESETS = {
     "cifar10-edm-vp": CIFAR | KARRAS,
     "cifar10-edm-ve": CIFAR | KARRAS | dict(arch="ncsnpp"),
     # STF; sampled with rk45, or pc with 1000 steps (VE), ddim with 100 (VP)
-    "cifar10-ve": CIFAR | SCORE_SDE | dict(arch="ncsnpp", schedule="ve"),
+    "cifar10-ve": CIFAR | SCORE_SDE | dict(arch="ncsnpp", schedule="ve", ema=(88_700,)),
     "cifar10-vp": CIFAR | SCORE_SDE | dict(schedule="vp"),
     "celeba64-ve": SCORE_SDE | dict(size=64, arch="ncsnpp", mult=(1, 2, 2, 2), schedule="ve",
-                                    ref_batch=1024),
+                                    ema=(88_700,), ref_batch=1024),
     # SA-2; DDPM++'s blocks for DDPM's, and a number of steps that the paper does not state
     "cifar10-ddpm": CIFAR | SCORE_SDE | dict(loss="sa", schedule="ddpm", mult=(1, 2, 2, 2),
                                              blocks=2, steps=500_000),
@@ -238,6 +241,9 @@ def check(options):
         if low is not None and not all(low <= v <= high for v in values):
             limits = f"at least {low}" if high == math.inf else f"within [{low}, {high}]"
             raise BadInput(f"{word(name)} {','.join(map(str, values))} is not {limits}")
+    if options.compile and options.order:
+        raise BadInput("--compile: torch.compile has no second derivatives, which --order 1 and 2 "
+                       "need; leave one of them out")
 
 
 def resolve(options, data):
@@ -247,11 +253,11 @@ def resolve(options, data):
     """
     options, points = dataclasses.replace(options), data.x.ndim == 2
     options.device = evaluate.pick_device(options.device)
-    kind = "digits" if data.name == "digits" else "points" if points else "images"
+    kind = "digits" if options.data == "digits" else "points" if points else "images"
     if kind == "images" and options.device == "cpu":
         kind = "images without a GPU"
     given = [name for name, field in CHOSEN.items() if getattr(options, name) != field.default]
-    for name, value in KINDS[kind].items():
+    for name, value in (KINDS["images"] | KINDS[kind]).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     unused = [f"{word(name)} belongs to --{other} {value}"
@@ -259,9 +265,8 @@ def resolve(options, data):
               if name in given and getattr(options, other) != value]
     for_images = [word(name) for name in FOR_IMAGES if name in given]
     not_for_heads = [word(name) for name in NOT_FOR_HEADS if name in given]
-    few = "ref_batch" in given and options.ref_batch < options.batch
-    options.ref_batch = max(min(options.ref_batch, training_count(len(data.x), options.holdout)),
-                            options.batch)
+    few = ("ref_batch" in given and options.ref_batch < options.batch
+           and options.loss in STABLE_LOSSES)
     if options.amp == "auto":
         bf16 = options.device.startswith("cuda") and torch.cuda.is_bf16_supported(
             including_emulation=False)
@@ -272,8 +277,6 @@ def resolve(options, data):
         options.counts = tuple(np.bincount(data.labels).tolist())
     levels = len(options.mult or UNETS.get(options.arch, {}).get("mult", ()))
     sizes = [options.shape[-1] >> level for level in range(levels)]
-    attempt(f"--sample-steps {options.sample_steps}", "choose fewer",
-            evaluate.build_schedule(options).time_steps, options.sample_steps)
     for bad, sentence in [
         (unused, "; ".join(unused)),
         (points and for_images, f"{' and '.join(for_images)}: not for points; leave it out"),
@@ -287,14 +290,14 @@ def resolve(options, data):
         (options.label_dropout and not options.cond, "--label-dropout needs --cond"),
         (options.loss == "taylor" and options.precondition == "x0", "--precondition x0: the "
          "network's target holds no noise that a Taylor control could take out"),
-        (options.compile and options.order, "--compile: torch.compile has no second derivatives, "
-         "which --order 1 and 2 need"),
         (options.head != "none" and not options.init, "--head needs --init RUN, the run whose "
          "network gets it"),
         (options.head != "none" and not_for_heads, f"{' and '.join(not_for_heads)}: the head has a "
          "loss of its own, and the network around it no dropout; leave it out"),
         (few, "--ref-batch is less than --batch, whose rows are among the references; choose more"),
         (options.holdout == 1, "--holdout 1 would leave nothing to train on"),
+        (options.holdout and options.data in evaluate.DRAWN, "--holdout: the error on "
+         f"{options.data} is measured on new rows; leave it out"),
     ]:
         if bad:
             raise BadInput(sentence)
@@ -367,28 +370,24 @@ def generator(seed, step, stream, device="cpu"):
     return torch.Generator(device).manual_seed(2 * number)
 
 
-def training_count(N, holdout):
-    """The number of rows to train on, of N."""
-    return N - N // holdout if holdout else N
-
-
 def draw_batch(pixels, labels, options, schedule, step):
     """The Batch of a step, from the data's rows (N, ...) and labels (N,), or None.
 
-    The references are different rows, but where the batch is larger than the data.  Each of them is
-    as likely as any other to be a source: that keeps STF unbiased.  The sources do not depend on n.
+    The references are different rows, but where the batch is larger than the data; all rows, where
+    there are fewer than --ref-batch.  Each of them is as likely as any other to be a source: that
+    keeps STF unbiased.  The sources do not depend on n.
     """
     B, K, device, stf = options.batch, options.K, options.device, options.loss in STABLE_LOSSES
-    n = options.ref_batch if stf else B
-    N = training_count(len(pixels), options.holdout)
+    N = len(pixels) - (len(pixels) // options.holdout if options.holdout else 0)  # to train on
+    n = max(B, min(options.ref_batch, N)) if stf else B
     g = generator(options.seed, step, 0)
     if n > N:
         rows = torch.randint(N, (n,), generator=g)
-    elif N <= 100_000:
+    elif N <= max(100_000, 4 * n):
         rows = torch.randperm(N, generator=g)[:n]
     else:                                                      # in O(n)
-        rng = np.random.default_rng(g.initial_seed())
-        rows = torch.from_numpy(rng.choice(N, n, replace=False))
+        drawn = torch.randint(N, (2 * n,), generator=g).tolist()
+        rows = torch.tensor(list(dict.fromkeys(drawn))[:n])    # each number where it comes first
     if options.holdout:
         rows = rows + rows // (options.holdout - 1)            # passes over every holdout-th row
     g = generator(options.seed, step, 4)
@@ -460,7 +459,9 @@ def objective(options, denoiser, batch, weight, precondition, beta):
         target = partial(stable_target, batch)
         return STABLE_LOSSES[options.loss](denoise, x0, noise, sigma, weight, target)
     if options.loss == "sa":
-        lam = {1: 0.0, 2: 1.0, 3: 0.3}.get(options.K, 0.2) if options.lam is None else options.lam
+        lam = options.lam
+        if lam is None:                                           # as published for K = 2, 3, 4
+            lam = {1: 0.0, 2: 1.0, 3: 0.3}.get(options.K, 0.2)
         return sa_loss(denoise, x0, noise, sigma, weight, batch.tau, lam)
     loss, control = controlled(options, denoise, batch, weight, precondition)     # taylor
     return loss - beta(sigma).flatten() * control
@@ -485,10 +486,7 @@ def stable_target(batch, x, sigma):
 
 def controlled(options, denoise, batch, weight, precondition):
     """dsm_loss and its Taylor control, (B,) each; the trace is exact in up to 8 dimensions."""
-    def c_skip(sigma):
-        return precondition(sigma)[0]
-
-    given = denoise, batch.x0, batch.noise, batch.sigma, weight, c_skip, options.order
+    given = denoise, batch.x0, batch.noise, batch.sigma, weight, precondition, options.order
     if options.order == 0:
         return taylor_terms(*given)
     probe = batch.probe if batch.x0[0].numel() > 8 else None
@@ -511,7 +509,7 @@ def update_beta(options, denoiser, batch, weight, beta, step):
 
 
 def learning_rate(options, step):
-    """Linear warm-up over `warmup` steps; linear fall to 0 over the last share `decay` of all."""
+    """Linear warm-up over `warmup` steps; linear fall over the last share `decay`, to near 0."""
     rise = min(1, (step + 1) / max(options.warmup, 1))
     left = (options.steps - step) / max(options.decay * options.steps, 1)
     return options.lr * rise * min(1, left)
@@ -539,24 +537,23 @@ def start_ranks():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if ranks()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
 
 
 def agree(call):
-    """call() on every rank.  BadInput on one of them ends all; the first of these says why."""
-    (rank, world), result, error = ranks(), None, None
-    if world == 1:
+    """call() on every rank; BadInput on one of them is raised on all."""
+    result, error, errors = None, None, [None] * ranks()[1]
+    if len(errors) == 1:
         return call()
     try:
         result = call()
     except BadInput as bad:
-        error = f"train.py: {bad}"
-    errors = [None] * world
+        error = str(bad)
     dist.all_gather_object(errors, error)
-    for first, sentence in enumerate(errors):
-        if sentence:
-            if rank == first:
-                print(sentence, file=sys.stderr)
-            sys.exit(2)
+    for error in errors:
+        if error:
+            raise BadInput(error)
     return result
 
 
@@ -589,8 +586,10 @@ def from_first(call):
 def run(options, folder=None, brief=False):
     """Trains, and returns the run's folder.
 
-    folder: that of a run that goes on; None: a new one.  brief: without report and pictures.
+    folder: that of a run that goes on, with the options of `resumed`; None: a new one.  brief:
+    without report and pictures.
     """
+    start_ranks()
     rank, world = ranks()
     agree(partial(check, options))
     data = in_turn(partial(evaluate.run_data, options))
@@ -641,7 +640,8 @@ def run(options, folder=None, brief=False):
         choose_threads(denoiser, options)
     share = range(options.batch * rank // world, options.batch * (rank + 1) // world)
     size = options.micro_batch or len(share)
-    parts = [slice(i, min(i + size, share.stop)) for i in share[::size]]
+    parts = [slice(i, min(i + size, share.stop))
+             for i in range(share.start, share.stop, size)]
     log, start, done = Log(folder, options, first, skipped), time.time(), first == options.steps
 
     with Signals() as signals:
@@ -702,6 +702,8 @@ def run(options, folder=None, brief=False):
                     beta=beta.sums if beta else None, skipped=log.skipped)))
             if due(options.fid_every):
                 log.write(step + 1, **{name: distance}, floor=real["floor"])
+                print(f"distance  {name} {distance:.4g} at step {step + 1}, floor "
+                      f"{real['floor']:.4g}", flush=True)
             if due(options.sample_every) and not done and rank == 0:
                 save_samples(folder, step + 1, denoiser, ema, options, data)
             if stop:
@@ -713,8 +715,9 @@ def run(options, folder=None, brief=False):
     lock.close()
     torch.set_num_threads(threads)                        # sampling may be faster with more
     if not done:
-        start = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-        print(f"stopped by a signal; to go on: {start} train.py --resume {folder}")
+        launcher = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+        print(f"stopped by a signal; to go on: {launcher} train.py --resume "
+              f"{shlex.quote(folder)}")
         sys.exit(128 + stop)
     return folder
 
@@ -726,8 +729,7 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
         evaluate.load_weights(denoiser, state["model"], folder)
         for length, average in emas.items():
             evaluate.load_weights(average, state["ema"].get(length), folder)
-        attempt(f"the optimizer's state of {folder}", "move its newest checkpoint away",
-                optimizer.load_state_dict, state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if beta:
             beta.sums = state["beta"].to(options.device)
@@ -737,11 +739,11 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
                            "--steps a larger number")
         return state["step"], state["skipped"], state["best"]
     if options.init:
-        start, stored = evaluate.load_run(options.init, options.device)
-        if list(stored.classes) != list(options.classes):
-            raise BadInput(f"--init {options.init} has the classes {', '.join(stored.classes)}, "
+        state = evaluate.load_checkpoint(options.init)
+        classes, weights = state["options"]["classes"], next(iter(state["ema"].values()))
+        if classes != options.classes:
+            raise BadInput(f"--init {options.init} has the classes {', '.join(classes)}, "
                            f"and the data have {', '.join(options.classes)}; both must be the same")
-        weights = start.state_dict()
         for network in (denoiser, *emas.values()):       # a head keeps its own fresh weights
             evaluate.load_weights(network, network.state_dict() | weights, options.init)
     return 0, [0, 0], math.inf
@@ -762,12 +764,8 @@ def choose_threads(denoiser, options):
     x = torch.ones(options.batch, *options.shape)
     sigma, seconds = torch.ones(len(x), *[1] * len(options.shape)), {}
     for threads in (torch.get_num_threads(), 1):
-        torch.set_num_threads(threads)
-        denoiser(x, sigma)                                # the first call prepares its kernels
-        start = time.time()
-        for _ in range(5):
-            denoiser(x, sigma)
-        seconds[threads] = time.time() - start
+        torch.set_num_threads(threads)                    # the first calls prepare their kernels
+        seconds[threads] = timeit.repeat(partial(denoiser, x, sigma), number=5, repeat=2)[1]
     best = min(seconds, key=seconds.get)
     torch.set_num_threads(best)
     if best == 1:
@@ -814,7 +812,7 @@ def claim(folder, options):
     if sys.platform != "win32":
         import fcntl
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BadInput(f"{folder} is being trained by another process") from None
     text = json.dumps(dataclasses.asdict(options), indent=1) + "\n"
@@ -851,7 +849,7 @@ def save_samples(folder, step, denoiser, ema, options, data):
     for name, model in [("raw weights", denoiser), ("averaged weights (EMA)", ema)]:
         x = evaluate.generate(model.eval(), options, range(count), "heun", options.sample_steps,
                               labels, batch=count if points else 64)
-        panels.append((f"step {step}, {name}", evaluate.to_uint8(x)))
+        panels.append((f"step {step}, {name}", x))
     evaluate.save_pictures(os.path.join(folder, f"samples-{step:07d}.png"), panels, names)
 
 
@@ -882,6 +880,8 @@ class Log:
     def step(self, step, losses, norm):
         """losses (B,) and norm () on the device."""
         self.waiting.append((step, torch.stack([losses.mean(), norm])))
+        if step == self.begin + 1:
+            self.second = time.time()                     # when the second step begins
 
     def due(self, step):
         """Whether this rank would like to read out what waits, after this step."""
@@ -905,10 +905,12 @@ class Log:
                 raise BadInput(f"ten steps in a row up to {step} had no finite loss or gradient; "
                                f"try a smaller --lr; the last good checkpoint: {last}")
         self.waiting, self.last = [], time.time()
-        pace = (self.last - self.start) / (step - self.begin)
+        pace, timed = self.last - self.start, step - self.begin - 1
+        if timed:                                         # the first step compiles, and takes long
+            pace = (self.last - self.second) / timed
         days = pace * (self.options.steps - step) / 86_400
         if days > 1 and step == self.begin + 10:
-            print(f"warning   the run takes {days:.0f} more days at this rate; stop it with "
+            print(f"warning   the run takes {days:.1f} days more at this rate; stop it with "
                   "Ctrl-C, and choose fewer --steps, a smaller --arch or --width, or a GPU",
                   flush=True)
         self.told(step, f", loss {self.mean or math.nan:.4f}, {self.options.batch / pace:.0f} "
@@ -920,6 +922,7 @@ class Log:
         self.line(step=step, **values)
 
     def line(self, **values):
+        values = {name: v for name, v in values.items() if v == v}       # JSON has no NaN
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -948,14 +951,13 @@ class Signals:
 def describe(options, data, denoiser, folder, first, memory):
     """What is going to be trained, on what, and what may be wrong with it, on the terminal."""
     world, size = ranks()[1], sum(p.numel() for p in denoiser.parameters())
-    weight = "its own weight" if options.weight == "schedule" else f"weight {options.weight}"
-    loss = f"{options.loss}, schedule {options.schedule}, {weight}"
-    if options.head != "none":
-        loss = f"of the head {options.head} alone, schedule {options.schedule}"
-    print(f"data      {data.source}\n"
+    loss = options.loss if options.head == "none" else f"of the head {options.head} alone"
+    weight = "" if options.weight == "schedule" else f", weight {options.weight}"
+    untold = "" if options.cond or not data.classes else "; --cond would tell the network the class"
+    print(f"data      {data.source}{untold}\n"
           f"network   {options.arch}, {size / 1e6:.2f} M parameters\n"
-          f"loss      {loss}, {options.steps} steps of {options.batch}, on {options.device} x "
-          f"{world}\n"
+          f"loss      {loss}, schedule {options.schedule}{weight}, {options.steps} steps of "
+          f"{options.batch}, on {options.device} x {world}\n"
           f"run       {folder}, from step {first}\n"
           f"memory    about {memory:,.2f} GiB for the activations of the samples that each rank "
           "takes at a time (--micro-batch)", flush=True)
@@ -1032,7 +1034,7 @@ def report(folder, options, data, denoiser, ema, log, seconds):
     how = "" if options.head == "none" else f" --sampler ddpm --variance {options.head}"
     print(f"samples     {folder}/samples-{options.steps:07d}.png\nlog         {folder}/log.jsonl\n"
           f"checkpoint  {folder}/checkpoint-{options.steps:07d}.pt\n"
-          f"next        python evaluate.py sample {folder}{how}")
+          f"next        python evaluate.py sample {shlex.quote(folder)}{how}")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1047,8 +1049,6 @@ def default_text(field):
     own = {kind: values[field.name] for kind, values in KINDS.items() if field.name in values}
     if field.default is not None or not own:
         return str(field.default).lower()
-    if own["images"] == own["images without a GPU"]:
-        del own["images without a GPU"]
     shown = [f"{kind} {','.join(map(str, v)) if isinstance(v, tuple) else v}"
              for kind, v in own.items()]
     return "; ".join(shown)
@@ -1072,23 +1072,17 @@ examples:
         text = field.metadata["help"]
         if "(default" not in text:
             text += f" (default: {default_text(field)})"
-        how = dict(help=text.replace("%", "%%"))
+        how = dict(type=numbers if field.type is tuple else field.type,
+                   choices=field.metadata["choices"])
         if field.type is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how["type"] = numbers if field.type is tuple else field.type
-            how["metavar"] = {int: "N", float: "X", tuple: "N,.."}.get(field.type, "NAME")
-        if field.metadata["choices"]:
-            how["metavar"] = "|".join(field.metadata["choices"])
-        p.add_argument(word(name), dest=name, **how)
+            how = dict(action=argparse.BooleanOptionalAction)
+        p.add_argument(word(name), dest=name, help=text.replace("%", "%%"), **how)
     return p
 
 
 def command(argv=None):
     """Reads the command line, and trains."""
     start_ranks()
-    if ranks()[0] > 0:
-        sys.stdout = open(os.devnull, "w")
     given = vars(agree(partial(parser().parse_args, argv)))
     preset, again = given.pop("preset", None), given.pop("resume", None)
     if again is not None:
@@ -1105,7 +1099,7 @@ def command(argv=None):
 
 def main(argv=None):
     cure = ("give --micro-batch a smaller number than the samples of each rank, or choose a "
-            "smaller --width or --ref-batch")
+            "smaller --size, --width or --ref-batch")
     try:
         return evaluate.status("train.py", partial(command, argv), cure)
     finally:

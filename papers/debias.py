@@ -84,7 +84,7 @@ def table(args):
         networks, panels = [plot.opened(args, folders[0]) for folders in runs.values()], []
         for T in args.T:
             drawn = [evaluate.generate(*run, range(4), args.sampler, T) for run in networks]
-            panels.append((f"T = {T}", evaluate.to_uint8(torch.cat(drawn))))
+            panels.append((f"T = {T}", torch.cat(drawn)))
         plot.pictures(args, "samples", panels, args.weights)
 
 
@@ -150,13 +150,9 @@ def mse(args):
     """
     runs, x0, _, options = plot.compared(args, variants(args, NAMES))
     denoisers = dict(initial=initial) | runs
-    rows = errors_by_t(denoisers, x0, noise_error, args.seed)
-    ratios = {f"{name}/initial": name for name in denoisers}
-    for row in rows:
-        row |= {ratio: row[name] / row["initial"] for ratio, name in ratios.items()}
     plot.show(args, f"Error of the predicted noise, by weight of the loss: held-out {options.data}",
-              rows, dict(y=list(denoisers), ylabel="|eps_hat - eps|^2/d"),
-              dict(y=ratios, ylabel="the same over that of the input"))
+              errors_by_t(denoisers, x0, noise_error, args.seed),
+              dict(y=list(denoisers), ylabel="|eps_hat - eps|^2/d"))
 
 
 def onestep(args):
@@ -179,18 +175,19 @@ def onestep(args):
         for t in (1000, 950, 700, 500, 300, 100):
             sigma = x0.new_full((len(x0), 1, 1, 1), LEVELS[t - 1].item())
             D = [denoise(x0 + sigma * noise, sigma)[:3] for denoise in denoisers.values()]
-            panels.append((f"t = {t}", evaluate.to_uint8(torch.cat([x0[:3], *D]))))
+            panels.append((f"t = {t}", torch.cat([x0[:3], *D])))
         plot.pictures(args, "images", panels, ["x0", *denoisers])
 
 
 COMMANDS = {
-    "weights": (weights, {}),
+    "weights": (weights, {}, ()),
     "table": (table, dict(weights=NAMES, T=(2, 5, 10, 20, 50, 100), early=20, sampler="ddpm",
-                          seeds=2)),
-    "mse": (mse, dict(runs=[], num=64)),
-    "onestep": (onestep, dict(runs=[], num=64)),
+                          seeds=2), plot.options_but("weight")),
+    "mse": (mse, dict(runs=[], num=64), plot.options_but("weight")),
+    "onestep": (onestep, dict(runs=[], num=64), plot.options_but("weight")),
     "targets": (targets, dict(targets=("eps", "x0", "v"), T=(10, 100), seeds=2,
-                              weights=("constant", "inverse-snr", "debias")))}
+                              weights=("constant", "inverse-snr", "debias")),
+                plot.options_but("weight", "precondition"))}
 
 if __name__ == "__main__":
     sys.exit(plot.main("debias", COMMANDS))

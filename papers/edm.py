@@ -17,7 +17,6 @@ from operator import itemgetter
 import torch
 
 import evaluate
-from evaluate import BadInput
 from papers import plot
 from samplers import euler, heun
 from schedules import EDM, VE, VP
@@ -37,20 +36,14 @@ def shared_runs(args):
     return runs, plot.Judge(args, runs[0])
 
 
-def pooled(found):
-    """The standard deviation over runs, pooled over {column: Judge's answer}."""
-    return math.sqrt(sum(sd ** 2 for _, sd, _ in found.values()) / len(found))
-
-
 # ---- Denoising -----------------------------------------------------------------------------------
 
 def denoise(args):
     """What the ideal denoiser and a trained one make of noisy images: EDM figure 1.
 
-        D(x; sigma) = sum_k w_k y_k,    w = softmax_k(-|x - y_k|^2/(2 sigma^2)),    all rows y_k
-
-    is ideal: it minimises the loss over the data, or over the class that it is told (appendix B.3).
-    A second picture has images.  Half a minute, and the run.
+    The ideal denoiser minimises the loss over the data, or over the class that it is told: it is
+    losses.stf_target of all rows (appendix B.3).  A second picture has images.  Half a minute, and
+    the run.
     """
     denoiser, options = open_run(args)
     data, g = evaluate.run_data(options), torch.Generator().manual_seed(args.seed)
@@ -65,22 +58,18 @@ def denoise(args):
     noise, rows, panels = torch.randn(x0.shape, generator=g).to(x0), [], []
     one = x0.new_ones(len(x0), *[1] * (x0.ndim - 1))
     mean = ideal(x0, 1e5 * one)                      # so much noise leaves nothing of x0 to be seen
-    for sigma in torch.tensor(args.levels):
+    for sigma in torch.tensor(sorted(args.levels)):
         x = x0 + sigma * noise
         best, network = ideal(x, sigma * one), evaluate.in_batches(denoiser, x, sigma, labels)
-        rows.append({
-            "sigma": sigma.item(), "ideal - x0": apart(best, x0), "ideal - mean": apart(best, mean),
-            "net - x0": apart(network, x0), "net - mean": apart(network, mean),
-            "net - ideal": apart(network, best)})
+        rows.append({"sigma": sigma.item(), "ideal - x0": apart(best, x0),
+                     "ideal - mean": apart(best, mean), "net - ideal": apart(network, best)})
         scaled = x / (1 + (sigma / 0.5) ** 2).sqrt()           # as the paper does, to be seen
         two = torch.stack([scaled, best, network], 1)[:2].flatten(0, 1)
-        panels.append((f"sigma {sigma:g}", evaluate.to_uint8(two)))
-    title = f"How far denoised images are from the clean image and from the mean: {options.data}"
-    plot.show(args, title, rows,
-              dict(y={"ideal - x0": "to the clean image", "ideal - mean": "to the data's mean"},
-                   title="ideal denoiser"),
-              dict(y={"net - x0": "to the clean image", "net - mean": "to the data's mean",
-                      "net - ideal": "to the ideal denoiser"}, title="trained network"),
+        panels.append((f"sigma {sigma:g}", two))
+    plot.show(args, f"How far denoised images are from the clean image: {options.data}", rows,
+              dict(y={"ideal - x0": "ideal denoiser to the clean image",
+                      "ideal - mean": "ideal denoiser to the data's mean",
+                      "net - ideal": "trained network to the ideal denoiser"}),
               ylabel="rms distance", yscale="linear", marker=".")
     if x0.ndim == 4:
         plot.pictures(args, "images", panels, ["noisy, scaled", "ideal", "network"] * len(x0[:2]))
@@ -100,37 +89,27 @@ def with_edm_steps(schedule):
 def solvers(args):
     """Solver, time steps and schedule of the sampler, changed one by one: EDM figure 2.
 
-    euler: --other's sampler (vp or ve), Euler's method with its own time steps, sigma(t) and s(t);
-    heun: Heun's method instead; + t_i: and EDM's time steps; + sigma, s: and EDM's sigma(t) = t,
-    s(t) = 1; euler edm: these with Euler's method; rk45: the adaptive solver on --other's schedule.
-    7 minutes on one core, and the runs.
+    First Euler's and Heun's method, and rk45, which chooses its steps, on VP's time steps, sigma(t)
+    and s(t); then EDM's time steps; then EDM's sigma(t) = t and s(t) = 1, too.  7 minutes on one
+    core, and the runs.
     """
-    schedules = dict(vp=VP(), ve=VE())
-    if args.other not in schedules:
-        raise BadInput(f"--other {args.other} is not vp or ve")
-    other, name = schedules[args.other], args.other.upper()
-    curves = {
-        "euler": ("euler", other, f"Euler, {name}'s time steps and schedule"),
-        "heun": ("heun", other, f"Heun, {name}'s time steps and schedule"),
-        "+ t_i": ("heun", with_edm_steps(other), f"Heun, EDM's time steps, {name}'s schedule"),
-        "+ sigma, s": ("heun", EDM(), "Heun, EDM's time steps and schedule"),
-        "euler edm": ("euler", EDM(), "Euler, EDM's time steps and schedule")}
-    labels = {column: label for column, (_, _, label) in curves.items()}
-    labels["rk45"] = f"adaptive rk45, {name}'s schedule"
+    curves = {"Euler, VP": ("euler", VP()), "Heun, VP": ("heun", VP()),
+              "Heun, VP at EDM's steps": ("heun", with_edm_steps(VP())),
+              "Heun, EDM": ("heun", EDM()), "Euler, EDM": ("euler", EDM())}
     (runs, judge), rows = shared_runs(args), []
     for N in plot.progress("numbers of steps", args.N):
-        found = {column: judge(runs, sampler, 2 * N - 1 if sampler == "euler" else N,
-                               schedule=schedule)
-                 for column, (sampler, schedule, _) in curves.items()}
-        means = {column: mean for column, (mean, _, _) in found.items()}
-        rows.append(dict(NFE=found["euler"][2]) | means | dict(rk45=None, sd=pooled(found)))
+        row = {"NFE": 2 * N - 1}
+        for name, (sampler, schedule) in curves.items():
+            steps = 2 * N - 1 if sampler == "euler" else N
+            row |= judge.cells({name: runs}, sampler, steps, schedule=schedule)
+        rows.append(row | {"rk45, VP": None, "sd rk45, VP": None})
     for rtol in plot.progress("tolerances", args.rtol):
-        mean, sd, nfe = judge(runs, "rk45", 2, schedule=other, rtol=rtol)
-        rows.append(dict(NFE=nfe) | dict.fromkeys(curves) | dict(rk45=mean, sd=sd))
-    plot.show(args, f"Solver, time steps, schedule of the sampler: {judge.options.data}",
+        mean, sd, nfe = judge(runs, "rk45", 2, schedule=VP(), rtol=rtol)
+        rows.append(dict.fromkeys(row) | {"NFE": nfe, "rk45, VP": mean, "sd rk45, VP": sd})
+    plot.show(args, f"Solver, time steps, schedule of the sampler: {judge.about}",
               sorted(rows, key=itemgetter("NFE")),
-              dict(y=labels, xlabel="NFE: calls of the network for a sample"),
-              spread=dict.fromkeys(labels, "sd"), **judge.axes)
+              dict(y=[*curves, "rk45, VP"], xlabel="NFE: calls of the network for a sample"),
+              **judge.axes)
 
 
 def flow_lines(sampler, schedule, sigma, starts):
@@ -187,29 +166,28 @@ def churn(args):
 
     Where S_tmin <= sigma <= S_tmax, a step first adds noise, S_noise times what raises sigma by the
     share gamma = min(S_churn/N, sqrt(2) - 1).  all: limits and S_noise as given; interval: S_noise
-    = 1; S_noise: no limits; neither: no limits, S_noise = 1; SDE: Euler-Maruyama; sd: of all but
-    SDE.  5 minutes on one core, and the runs.
+    = 1; S_noise: no limits; neither: no limits, S_noise = 1.  Beside them Heun's method, without
+    noise, and Euler-Maruyama (SDE), at the same NFE.  5 minutes on one core, and the runs.
     """
     (runs, judge), rows, panels = shared_runs(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)
     settings = dict(all=interval | S_noise, interval=interval, S_noise=S_noise, neither={})
     at = f"{args.S_tmin:g} <= sigma <= {args.S_tmax:g}"
     labels = {"all": f"{at}, S_noise {args.S_noise:g}", "interval": f"{at}, S_noise 1",
-              "S_noise": f"any sigma, S_noise {args.S_noise:g}", "neither": "any sigma, S_noise 1"}
+              "S_noise": f"any sigma, S_noise {args.S_noise:g}", "neither": "any sigma, S_noise 1",
+              "Heun": "Heun, no noise", "SDE": "Euler-Maruyama"}
     for N in plot.progress("numbers of steps", args.N):
-        plain, sd, nfe = judge(runs, "heun", N, schedule=EDM())
-        sde = judge(runs, "euler-maruyama", 2 * N - 1, schedule=EDM())[0]
-        rows.append(dict(N=N, S_churn=0.0) | dict.fromkeys(labels, plain) | dict(SDE=sde, sd=sd))
+        others = judge.cells(dict(Heun=runs), "heun", N, schedule=EDM())
+        others |= judge.cells(dict(SDE=runs), "euler-maruyama", 2 * N - 1, schedule=EDM())
         for S_churn in args.S_churn:
-            found = {name: judge(runs, "edm-stochastic", N, schedule=EDM(), S_churn=S_churn, **how)
-                     for name, how in settings.items()}
-            means = {name: mean for name, (mean, _, _) in found.items()}
-            rows.append(dict(N=N, S_churn=S_churn) | means | dict(SDE=sde, sd=pooled(found)))
-        panels.append(dict(where=("N", N), title=f"{N} steps, NFE {nfe:g}"))
-    plot.show(args, f"Fresh noise while sampling: {judge.options.data}", rows, *panels,
-              x="S_churn", xscale="linear",
-              y=labels | {"SDE": "Euler-Maruyama, equal NFE"}, spread=dict.fromkeys(labels, "sd"),
-              xlabel="S_churn, amount of noise (0: Heun, deterministic)", **judge.axes)
+            row = dict(N=N, S_churn=S_churn)
+            for name, how in settings.items():
+                row |= judge.cells({name: runs}, "edm-stochastic", N, schedule=EDM(),
+                                   S_churn=S_churn, **how)
+            rows.append(row | others)
+        panels.append(dict(where=("N", N), title=f"{N} steps, NFE {2 * N - 1}"))
+    plot.show(args, f"Fresh noise while sampling: {judge.about}", rows, *panels, x="S_churn",
+              xscale="linear", y=labels, xlabel="S_churn, amount of noise", **judge.axes)
 
 
 def local_errors(denoise, x, sigma, fine=16):
@@ -233,8 +211,6 @@ def local_errors(denoise, x, sigma, fine=16):
 
 def truncation(args):
     """The error that one step adds, by noise level, for rho = 1, 3, 7, 10: EDM figure 13.
-
-        sigma_i = (sigma_max^(1/rho) + i/(N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho
 
     Rms over pixels and --num samples, against 16 small steps; and the distance of samples by Heun's
     method with this rho.  3 minutes, and the runs.
@@ -271,14 +247,7 @@ CONFIGS = {       # each has the options of those before it, too
 
 
 def configs(args):
-    """EDM's changes to training, one after the other, at equal steps: EDM table 2.
-
-    A  Score-SDE's VP: its noise levels, weight 1/sigma^2, a network that predicts the noise
-    B  + hyperparameters: learning rate times 5, no clipping, in long runs a shorter average
-    C  + capacity: without the lowest resolution, more channels at the highest
-    D  + preconditioning: D = c_skip x + c_out F(c_in x), VP's noise levels and weight as before
-    E  + loss: ln sigma ~ N(P_mean, P_std^2), weight 1/c_out^2
-    F  + augmentation, of which the network is told
+    """EDM's changes to training, CONFIGS A to F, one after the other, at equal steps: EDM table 2.
 
     Samples are by Heun's method with EDM's 18 time steps.  Left out: B's larger batch and dropout.
     13 minutes on one core.
@@ -289,12 +258,11 @@ def configs(args):
         variants[name] = options | args.options
     (runs, judge), rows = plot.judged(args, variants), []
     for name, folders in runs.items():
-        mean, sd, _ = judge(folders, "heun", 18, schedule=EDM())
-        rows.append(dict(config=name, mean=mean, sd=sd))
-    options = judge.options
-    plot.show(args, f"EDM's changes to training: {options.data}, {options.steps} steps each", rows,
-              dict(y=dict(mean="mean of two seeds, and sd"), spread=dict(mean="sd"),
-                   xlabel="each with all the changes before it", xscale="linear"), **judge.axes)
+        cells = judge.cells(dict(mean=folders), "heun", 18, schedule=EDM())
+        rows.append(dict(config=name) | cells)
+    plot.show(args, f"EDM's changes to training: {judge.about}", rows,
+              dict(y=dict(mean=f"mean and sd of {args.seeds} seeds"), xscale="linear",
+                   xlabel="each with all the changes before it"), **judge.axes)
 
 
 def loss(args):
@@ -322,17 +290,17 @@ def loss(args):
               dict(y=["density"], ylabel="density of ln sigma in training"), yscale="linear")
 
 
+ALL = plot.options_but()
 COMMANDS = {
     "denoise": (denoise, dict(run=None, num=64, levels=[0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0,
-                                                        20.0, 50.0])),
-    "solvers": (solvers, dict(runs=[], N=[6, 10, 18, 32], rtol=[0.1, 0.01, 0.0001],
-                              other="vp")),
-    "trajectories": (trajectories, {}),
+                                                        20.0, 50.0]), ALL),
+    "solvers": (solvers, dict(runs=[], N=[6, 10, 18, 32], rtol=[0.1, 0.01, 0.0001]), ALL),
+    "trajectories": (trajectories, {}, ()),
     "churn": (churn, dict(runs=[], N=[8, 32], S_churn=[3.0, 10.0], S_tmin=0.05, S_tmax=1.0,
-                          S_noise=1.003)),
-    "configs": (configs, dict(seeds=2)),
-    "truncation": (truncation, dict(runs=[], num=16, N=18, rho=[1.0, 3.0, 7.0, 10.0])),
-    "loss": (loss, dict(run=None, num=256))}
+                          S_noise=1.003), ALL),
+    "configs": (configs, dict(seeds=2), ALL),
+    "truncation": (truncation, dict(runs=[], num=16, N=18, rho=[1.0, 3.0, 7.0, 10.0]), ALL),
+    "loss": (loss, dict(run=None, num=256), ALL)}
 
 if __name__ == "__main__":
     sys.exit(plot.main("edm", COMMANDS))

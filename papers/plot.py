@@ -19,7 +19,7 @@ import torch
 
 import evaluate
 import train
-from evaluate import BadInput, Progress
+from evaluate import BadInput, progress
 from losses import stf_target
 
 RESULTS = str(Path(__file__).parent / "results")
@@ -33,16 +33,17 @@ AXES = {            # what columns have if they are x
 # ---- Command line --------------------------------------------------------------------------------
 
 def main(paper, commands, argv=None):
-    """The command line of a paper's file, of commands {name: (function, {argument: default})}.
+    """The command line of a paper's file: commands {name: (function, {argument: default}, passed)}.
 
     The type of an option is that of its default; a list takes several values; None is a path.  A
     function gets args.paper, args.command and args.options, a dict for train.Options, as well.
+    passed: the names of train.py's options that have an effect on the command.
     """
     p = evaluate.Parser(prog=f"python -m papers.{paper}", description="Figures and tables of the "
                         "paper.  Distances are Frechet distances of samples to the data: less is "
-                        "better.  Options that a command does not know go to train.py's runs.")
+                        "better.  Other options are train.py's, for the runs.")
     known = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (function, arguments) in commands.items():
+    for name, (function, arguments, _) in commands.items():
         own = known.add_parser(name, help=function.__doc__.split("\n")[0],
                                description=inspect.cleandoc(function.__doc__))
         for argument, default in (arguments | dict(seed=0, out=RESULTS)).items():
@@ -51,29 +52,28 @@ def main(paper, commands, argv=None):
             kind, shown = str, "the command's own"
             if values not in ([], [None]):
                 kind, shown = type(values[0]), " ".join(map(str, values))
+            if kind is int:
+                kind = evaluate.number(int, min(1, *values))
             own.add_argument(f"--{argument}", default=default, nargs="+" if several else None,
                              type=kind, metavar=argument[0].upper(), help=f"default: {shown}")
 
     def command():
         args, rest = p.parse_known_args(argv)
         args.paper, args.options = paper, vars(train.parser().parse_args(rest))
-        trained_before = getattr(args, "run", None) or getattr(args, "runs", None)
-        allowed = ("device", "fid_num") if trained_before else train.CHOSEN
-        strange = [train.word(name) for name in args.options if name not in allowed]
+        function, _, passed = commands[args.command]
+        if getattr(args, "run", None) or getattr(args, "runs", None):        # they are trained
+            passed = {"device", "fid_num"} & set(passed)
+        strange = [train.word(name) for name in args.options if name not in passed]
         if strange:
-            why = "the runs are trained already" if trained_before else "it belongs to train.py"
-            raise BadInput(f"{', '.join(strange)}: {why}; leave it out")
+            raise BadInput(f"{', '.join(strange)}: no effect on this command; leave it out")
         os.makedirs(args.out, exist_ok=True)
-        commands[args.command][0](args)
+        function(args)
     return evaluate.status(f"papers.{paper}", command, "choose a smaller --batch or --num")
 
 
-def progress(what, items):
-    """The items one by one; stderr is told how many are done."""
-    told = Progress(what, len(items))
-    for i, item in enumerate(items):
-        yield item
-        told(i + 1)
+def options_but(*names):
+    """The names of train.py's options without these, which a command sets itself."""
+    return [name for name in train.CHOSEN if name not in names]
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -81,7 +81,8 @@ def progress(what, items):
 def trained(options):
     """The folder of a run with these options, trained now, or kept from an earlier command."""
     options = dict(data="digits") | options
-    key = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    own = {name: value for name, value in options.items() if name not in ("fid_num", "device")}
+    key = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:10]
     name = "-".join(str(options.get(n, "")) for n in ("data", "loss", "schedule", "weight", "seed"))
     folder = f"plots/runs/{name.replace('/', '_')}-{key}"
     if Path(folder, "done").is_file():
@@ -166,9 +167,9 @@ class Judge:
 
 
 def mean_and_sd(values):
-    """The mean and the standard deviation over seeds of a list of numbers; 0 for a single one."""
+    """The mean and the standard deviation over seeds of a list of numbers; None for one seed."""
     values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+    return values.mean().item(), values.std().item() if len(values) > 1 else None
 
 
 # ---- Posterior means, and levels in training -----------------------------------------------------
@@ -266,13 +267,13 @@ def draw(path, title, rows, *panels, **shared):
     print(path)
 
 
-def axes(ax, rows, x, y, where=None, by=None, spread={}, floor=None, marker=None, xscale="log",
-         yscale="log", **words):
+def axes(ax, rows, x, y, where=None, by=None, floor=None, marker=None, xscale="log", yscale="log",
+         **words):
     """One set of axes, with a curve for each of the columns y, a list or {column: label}.
 
     x: a column; if not given, the first.  where: a column and its value in the rows to be drawn.
-    by: a column; each of its values has a curve.  spread: {column: that of its standard deviation},
-    if not "sd COLUMN".  floor: what real data get.  words: what matplotlib's `set` takes.
+    by: a column; each of its values has a curve.  A column "sd COLUMN" has standard deviations.
+    floor: what real data get.  words: what matplotlib's `set` takes.
     """
     names = y if isinstance(y, dict) else {name: name for name in y}
     curves = {}
@@ -286,11 +287,11 @@ def axes(ax, rows, x, y, where=None, by=None, spread={}, floor=None, marker=None
                 curves.setdefault((name, label), []).append(row)
     ax.set(xscale=xscale, yscale=yscale)                       # later would undo words on an axis
     for i, ((name, label), own) in enumerate(curves.items()):
-        sd = spread.get(name, f"sd {name}")
+        sd = [row.get(f"sd {name}") for row in own]
+        style = "none" if isinstance(own[0][x], str) else ["-", "--", "-.", ":"][i % 4]
         ax.errorbar([row[x] for row in own], [row[name] for row in own],
-                    [row[sd] for row in own] if sd in own[0] else None, capsize=3, label=label,
-                    linestyle=["-", "--", "-.", ":"][i % 4], linewidth=3 - 2 * i / len(curves),
-                    marker=marker)
+                    None if None in sd else sd, capsize=3, label=label, linestyle=style,
+                    linewidth=3 - 2 * i / len(curves), marker=marker)
     if floor is not None:
         ax.axhline(floor, color="black", linewidth=0.8, linestyle=":",
                    label=f"floor: real data, {floor:.3g}")

@@ -197,12 +197,13 @@ def tau(args):
                    ylabel="predicted noise/best prediction"), xscale="log")
 
 
+PASSED = plot.options_but("loss", "K", "lam", "order", "P_mean", "P_std")
 COMMANDS = {
     "table": (table, dict(samplers=("ddpm", "ddim", "analytic", "sn", "npr"), T=(10, 20, 50, 100),
-                          head=150, seeds=2)),
-    "ablation": (ablation, dict(K=(2, 3, 4), lam=(0.2, 0.3, 1.0), T=(10, 50), seeds=2)),
-    "gap": (gap, dict(runs=[], num=64, start=300)),
-    "tau": (tau, {})}
+                          head=150, seeds=2), PASSED),
+    "ablation": (ablation, dict(K=(2, 3, 4), lam=(0.2, 0.3, 1.0), T=(10, 50), seeds=2), PASSED),
+    "gap": (gap, dict(runs=[], num=64, start=300), PASSED),
+    "tau": (tau, {}, ())}
 
 if __name__ == "__main__":
     sys.exit(plot.main("sa", COMMANDS))

@@ -294,15 +294,17 @@ def speed(args):
              title="at the end"), y=["error"], ylabel="held-out error, averaged weights")
 
 
+DATA = "size", "data_dir"
 COMMANDS = {
     "variance": (variance, dict(data=["two-gaussians-64d", "digits"], num=1000, n=[16, 64, 256],
-                                levels=SIGMAS)),
-    "ess": (ess, dict(data="digits", num=256, n=[256, 1024, 4096], levels=SIGMAS)),
+                                levels=SIGMAS), DATA),
+    "ess": (ess, dict(data="digits", num=256, n=[256, 1024, 4096], levels=SIGMAS), DATA),
     "bias": (bias, dict(data="two-gaussians-64d", num=16, n=[1, 2, 4, 8, 16, 32, 64],
-                        levels=[1.0, 3.0, 10.0], repeats=2000)),
+                        levels=[1.0, 3.0, 10.0], repeats=2000), DATA),
     "table": (table, dict(schedules=["ve", "vp", "edm"], n=1024, seeds=2, rtol=1e-3, pc=50, ddim=50,
-                          heun=18)),
-    "speed": (speed, dict(n=[64, 256, 1024, 4096], seeds=2))}
+                          heun=18), plot.options_but("loss", "schedule", "ref_batch")),
+    "speed": (speed, dict(n=[64, 256, 1024, 4096], seeds=2),
+              plot.options_but("loss", "ref_batch"))}
 
 if __name__ == "__main__":
     sys.exit(plot.main("stf", COMMANDS))

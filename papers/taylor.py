@@ -64,9 +64,6 @@ def gradients(net, shares, weight, sigma, orders, sizes, label=None):
     def target(reference, x, sigma):
         return stf_target(x, sigma, reference)
 
-    def c_skip(s):
-        return net.precondition(s)[0]
-
     s = x0.new_full((len(x0), *[1] * (x0.ndim - 1)), sigma)
     given = partial(each, denoise, theta), x0, noise, s, weight
     with sdpa_kernel(SDPBackend.MATH):       # attention that has second derivatives, and for vmap
@@ -75,7 +72,7 @@ def gradients(net, shares, weight, sigma, orders, sizes, label=None):
             own = partial(each, target, reference[:n].transpose(0, 1))
             values[f"STF {n}"] = stf_loss(*given, own)
         for k in orders:
-            values[f"order {k}"] = taylor_terms(*given, c_skip, k, probe)[1]
+            values[f"order {k}"] = taylor_terms(*given, net.precondition, k, probe)[1]
     for name, value in values.items():
         mean = value.sum() / (len(x0) // copies)
         g = torch.autograd.grad(mean, [*theta.values()], retain_graph=True, materialize_grads=True)
@@ -208,7 +205,7 @@ def gradvar(args):
 # ---- Figure 1 ------------------------------------------------------------------------------------
 
 ORDERS = {"order 0": 0, "order 1": 1}
-METHODS = ["DSM", "DSM, 2 batches", "STF 256", "antithetic", *ORDERS, "exact target"]
+METHODS = ["DSM", "DSM, 2 batches", "antithetic", *ORDERS, "exact target"]
 
 
 def loss_by(method, net, pool, sigma, g):
@@ -216,20 +213,16 @@ def loss_by(method, net, pool, sigma, g):
 
     The exact target is E[x0 | x].  The control's factor beta is RunningBeta's first guess.
     """
-    reference = pool[torch.randint(len(pool), (256,), generator=g)]
-    x0 = reference[:128 if method == "DSM, 2 batches" else 64]
+    rows = torch.randint(len(pool), (256,), generator=g)
+    x0 = pool[rows[:128 if method == "DSM, 2 batches" else 64]]
     s, noise = torch.full((len(x0), 1), sigma), torch.randn(x0.shape, generator=g)
     given = net, x0, noise, s, EDM().weight
     if method == "antithetic":
         return antithetic_loss(*given).mean()
-    if method == "STF 256":
-        return stf_loss(*given, partial(stf_target, reference=reference)).mean()
     if method == "exact target":
         return stf_loss(*given, ring_mean).mean()
     if method in ORDERS:
-        def c_skip(s):
-            return net.precondition(s)[0]
-        loss, control = taylor_terms(*given, c_skip, ORDERS[method])
+        loss, control = taylor_terms(*given, net.precondition, ORDERS[method])
         return (loss - RunningBeta()(s)[:, 0] * control).mean()
     return dsm_loss(*given).mean()
 
@@ -342,10 +335,10 @@ def grid(args):
 COMMANDS = {
     "gradvar": (gradvar, dict(run=None, num=0, batch=16, n=[16, 256, 1024], orders=[0, 1, 2],
                               training=3000, levels=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0,
-                                                     10.0])),
-    "converge": (converge, dict(levels=[0.01, 0.03, 0.1], training=2000, seeds=2)),
-    "optimizers": (optimizers, dict(training=3000, num=300)),
-    "grid": (grid, dict(width=[16, 64, 256], depth=[1, 2, 3], training=700, num=200))}
+                                                     10.0]), ()),
+    "converge": (converge, dict(levels=[0.01, 0.03, 0.1], training=2000, seeds=2), ()),
+    "optimizers": (optimizers, dict(training=3000, num=300), ()),
+    "grid": (grid, dict(width=[16, 64, 256], depth=[1, 2, 3], training=700, num=200), ())}
 
 if __name__ == "__main__":
     sys.exit(plot.main("taylor", COMMANDS))

@@ -104,7 +104,7 @@ gaussian_denoise = gaussian_denoiser(C)
 
 def called(paper, name, out, options, **arguments):
     """The rows of the CSV that a command writes to the folder `out`; its defaults but for these."""
-    function, defaults = paper.COMMANDS[name]
+    function, defaults, _ = paper.COMMANDS[name]
     title = paper.__name__.removeprefix("papers.")
     given = dict(paper=title, command=name, seed=0, out=str(out), options=options)
     function(SimpleNamespace(**defaults | given | arguments))

@@ -100,14 +100,15 @@ OPTIONS = {                    # beside those of IMAGES: a part of the sentence
     "--mult 1,x": "--mult", "--mult 0,1": "--mult", "--attend 2 --mult 1,1": "--attend",
     "--mult 1,1,1,1,1": "choose another --size, --width or --mult", "--arch mlp": "--arch mlp",
     "--label-dropout 0.1": "--label-dropout needs --cond", "--device abacus": "--device abacus",
-    "--holdout 1": "--holdout 1", "--out images": "images is not empty",
+    "--holdout 1": "--holdout 1", "--data ring --holdout 9": "on new rows",
+    "--out images": "images is not empty",
     "--out images.npz": "choose another --out", "--init nowhere": "nowhere",
     "--head sn": "--head needs --init",
     "--head sn --init images --weight debias": "--weight and --ref-batch: the head has a loss",
     "--loss dsm --K 3": "--K belongs to --loss sa",
     "--order 1": "--order belongs to --loss taylor",
     "--schedule ddpm --P-mean 0": "--P-mean belongs to --schedule edm",
-    "--schedule ddpm --sample-steps 1001": "choose fewer",
+    "--sample-steps 501": "not within [1, 500]",
     "--loss taylor --precondition x0": "--precondition x0", "--preset imagenet": "--preset",
     "--preset ffhq64 --data two-gaussians": "--size",
     "--data points.npy --cond": "--cond: points has no labels",
@@ -181,7 +182,6 @@ RUNS = {
                                    f"{SAMPLE} --weights raw", "not of this network"),
     "options of another program": (partial(checkpoint, options={"lr": 1}), SAMPLE,
                                    "the options of points"),
-    "an optimizer of another network": (partial(checkpoint, optimizer={}), RESUME, "optimizer"),
     "no checkpoint": (partial(os.remove, CHECKPOINT), RESUME, "has no checkpoint"),
     "a damaged log": (partial(put, "points/log.jsonl", b"text}\n"), RESUME, "log.jsonl"),
     "half of Inception": (partial(put, f"data/{evaluate.INCEPTION}", b"PK\3\4"),
@@ -226,14 +226,26 @@ def test_a_full_disk_is_told_and_nothing_half_written_is_left(line, file, folder
     assert error.count("\n") == 1 and not Path(file).exists() and not Path(f"{file}.part").exists()
 
 
-@pytest.mark.parametrize("line", [POINTS, SAMPLE])
-def test_lack_of_memory_is_told(line, folder, monkeypatch, capsys):
-    def exhausted(*given, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 ..")
-    monkeypatch.setattr(Denoiser, "forward", exhausted)
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ..")
+MAPPED = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("line, where, name, error", [
+    (POINTS, Denoiser, "forward", FULL), (SAMPLE, Denoiser, "forward", FULL),
+    (f"{TRAIN} images.npz --size 4", evaluate, "decode", MemoryError()),
+    (SAMPLE, Denoiser, "forward", MAPPED)], ids=repr)
+def test_lack_of_memory_is_told_and_another_fault_not_taken_for_it(line, where, name, error, folder,
+                                                                   monkeypatch, capsys):
+    def failing(*given, **more):
+        raise error
+    monkeypatch.setattr(where, name, failing)
+    if error is MAPPED:
+        with pytest.raises(RuntimeError, match="illegal"):
+            command(line)
+        return
     assert command(line) == 2
-    error = capsys.readouterr().err
-    assert "out of memory; " in error and error.count("\n") == 1
+    told = capsys.readouterr().err
+    assert "out of memory; " in told and told.count("\n") == 1
 
 
 def test_class_names_beyond_the_terminals_letters_end_no_command(folder, monkeypatch):

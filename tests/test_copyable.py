@@ -79,6 +79,7 @@ ARGUMENTS = dict(
     losses=dict(
         denoise=denoise, with_head=lambda x, sigma: (denoise(x, sigma), x), x0=PAIR[0],
         noise=PAIR[1], sigma=SIGMA, weight=torch.reciprocal, c_skip=torch.reciprocal, x=PAIR[0],
+        precondition=EDM().precondition,
         reference=normal(5, 2), target=torch.multiply, ladder=GRID[:3].flip(0),
         t=torch.tensor([1, 3]), K=2, B=4, p=0.5, a=normal(4, 8)),
     samplers=dict(

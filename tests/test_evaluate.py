@@ -217,19 +217,18 @@ def test_drawn_labels_have_the_shares_of_the_data_and_depend_on_the_seed_alone(c
     assert torch.equal(x[:, 0].round().long(), labels[:80])
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0.0, 1.0, 0.0, 1.0], [-1, 0, 0, 0]],
-                         ids=str)
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2, 3], [0.5, 1, 0, 1], [-1, 0, 0, 0]], ids=str)
 def test_labels_that_do_not_fit_the_seeds_or_the_classes_are_refused(labels):
-    with pytest.raises(BadInput, match="labels must be 4 whole numbers"):
-        generate(None, options_of(classes=("a", "b", "c")), range(4), labels=labels)
-    with pytest.raises(BadInput, match="not class-conditional"):
-        generate(None, options_of(), range(4), labels=labels)
+    for classes in (("a", "b", "c"), ()):
+        with pytest.raises(BadInput, match="labels must be 4 class numbers"):
+            generate(None, options_of(classes=classes), range(4), labels=labels)
 
 
 def test_a_class_can_be_named_and_a_picture_has_a_row_for_each(run):
     zero, one = (draw(run, "--class", k, "--num", 4, "--steps", 2).astype(int) for k in "01")
-    both = draw(run, "--num", 4, "--steps", 2)
-    assert abs(both - [*zero[:2], *one[2:]]).max() <= 1 and abs(zero - one).max() > 1
+    assert abs(zero - one).max() > 1
+    assert evaluate.main(["sample", str(run), "--num", "4", "--steps", "2", "--out", "x.png"]) == 0
+    assert abs(pixels("x.png").astype(int) - grid(np.stack([*zero[:2], *one[2:]]))).max() <= 1
     assert len(draw(run, "--class", 1, "--steps", 1)) == 8
     later = draw(run, "--class", 0, "--num", 3, "--steps", 2, "--seed", 1)         # seeds 1 to 3
     assert abs(later - zero[1:]).max() <= 1
@@ -242,13 +241,26 @@ def grid(x):
     return x.reshape(2, 2, 3, 8, 8).transpose(0, 3, 1, 4, 2).reshape(16, 16, 3)
 
 
+def pixels(path):
+    """The four images of a picture: without captions and margin, and without the zoom to 64x64."""
+    return np.asarray(Image.open(path))[-144:-16, -144:-16][::8, ::8]
+
+
 def test_a_picture_shows_every_image_unchanged(run, capsys):
-    x = draw(run, "--num", 4, "--steps", 2)
+    """As float within [-1, 1], or as uint8."""
     assert evaluate.main(["sample", str(run), "--num", "4", "--steps", "2"]) == 0
     path = Path(capsys.readouterr().out.split()[-1])
-    assert path == run / "heun-2.png" and not list(run.glob("*.png.part"))
-    page = np.asarray(Image.open(path))[-144:-16, -144:-16]            # without captions and margin
-    assert (page == grid(x).repeat(8, 0).repeat(8, 1)).all()           # zoomed to cells of 64x64
+    assert path == run / "heun-2-at-5.png" and not list(run.glob("*.png.part"))
+    x = generate(*load_run(run), range(4), steps=2, labels=[0, 0, 1, 1])
+    assert (pixels(path) == grid(evaluate.to_uint8(x))).all()
+    evaluate.save_pictures("x.png", [("x", x)])
+    assert (pixels("x.png") == pixels(path)).all()
+
+
+def test_an_array_of_samples_has_all_classes_in_the_datas_shares(run):
+    draw(run, "--num", 5, "--steps", 1, "--seed", 3)
+    labels = evaluate.draw_labels(range(3, 8), load_run(run)[1])
+    assert np.load("x.npz")["labels"].tolist() == labels.tolist() != sorted(labels.tolist())
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
@@ -270,11 +282,11 @@ def test_names_of_pictures_tell_their_choices_apart(run, monkeypatch, capsys):
                  "--schedule vp", "--guidance 2", "--weights raw"):
         assert evaluate.main(["sample", str(run), "--num", "2", "--steps", "1", *more.split()]) == 0
         names.add(capsys.readouterr().out.split()[-1])
-    assert len(names) == 8 and str(run / "ddpm-1-variance-beta.png") in names
+    assert len(names) == 8 and str(run / "ddpm-1-variance-beta-at-5.png") in names
     monkeypatch.chdir(run)                         # of a checkpoint's name: into its folder
     assert evaluate.main("sample checkpoint-0000005.pt --num 2 --steps 1".split()) == 0
     path = Path(capsys.readouterr().out.split()[-1]).resolve()
-    assert path == run / "heun-1-checkpoint-0000005.png"
+    assert path == run / "heun-1-at-5.png"
 
 
 def test_a_gif_shows_the_state_after_each_step_and_ends_with_the_samples(images, monkeypatch):

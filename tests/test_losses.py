@@ -103,7 +103,7 @@ def test_every_loss_calls_the_network_once_with_all_its_copies():
     antithetic_loss(*batch)
     sa_loss(recorded, x0, noise, sigma.expand(3, 4, 1), constant_weight, torch.ones(3, 4, 1))
     for order in (0, 1, 2):
-        taylor_terms(*batch, torch.ones_like, order)
+        taylor_terms(*batch, SCHEDULES["edm"]().precondition, order)
     assert calls == [4, 4, 8, 12, 8, 8, 8]
 
 

@@ -125,10 +125,6 @@ def test_commands_share_the_runs_that_they_compare(folder, capsys, monkeypatch):
     monkeypatch.setattr(debias, "NAMES", ("constant", "debias"))
     table = call("mse", folder, num=4)
     assert len(runs()) == 2 and len(table) == 38
-    for row in table:
-        ratio = float(row["debias"]) / float(row["initial"])
-        assert float(row["debias/initial"]) == pytest.approx(ratio, rel=1e-4)
-        assert float(row["initial/initial"]) == 1
     call("table", folder, weights=("constant", "debias"), T=(2,), seeds=1)
     assert len(runs()) == 2
     call("targets", folder, targets=("eps", "v"), weights=("constant", "debias"), T=(2,), seeds=1)
@@ -154,5 +150,6 @@ def test_onestep_shows_the_colour_of_what_the_class_tells(folder, capsys, monkey
     assert float(table[0]["posterior mean"]) < 1e-3 < float(table[-1]["debias"])
     (_, panels, names), = saved
     assert names == ["x0", "debias", "posterior mean"] and len(panels) == 6
-    x0, network, mean = panels[-1][1].reshape(3, 3, -1).astype(int)              # t = 100
+    last = evaluate.to_uint8(panels[-1][1])                                      # t = 100
+    x0, network, mean = last.reshape(3, 3, -1).astype(int)
     assert abs(mean - x0).max() <= 1 < abs(network - x0).max()

@@ -56,9 +56,9 @@ def table(*argv):
 
 
 @pytest.mark.parametrize("line, sentence", [
-    ("loss --run a --lr 5", "--lr: the runs are trained already"),
-    ("solvers --runs a b --steps 7", "--steps: the runs"),
-    ("loss --preset mnist", "--preset: it belongs to train.py")])
+    ("loss --run a --lr 5", "--lr: no effect"), ("solvers --runs a b --steps 7", "--steps: no"),
+    ("trajectories --steps 7", "--steps: no"), ("loss --preset mnist", "--preset: no"),
+    ("configs --seeds 0", "0 is not at least 1")])
 def test_options_that_would_have_no_effect_are_refused(line, sentence, capsys):
     assert plot.main("edm", edm.COMMANDS, line.split()) == 2
     assert sentence in capsys.readouterr().err
@@ -86,7 +86,8 @@ def test_the_ideal_denoiser_goes_from_the_image_to_the_mean_of_its_class(folder,
     assert found["ideal - x0"] == pytest.approx([0, spread], abs=0.003)
     assert found["ideal - mean"] == pytest.approx([spread, 0], abs=0.003)
     (_, panels, names), = saved
-    little, much = (x.reshape(2, 3, -1).astype(int).swapaxes(0, 1) for _, x in panels)
+    little, much = (evaluate.to_uint8(x).reshape(2, 3, -1).astype(int).swapaxes(0, 1)
+                    for _, x in panels)
     assert len(names) == 6 and abs(little[0] - little[1]).max() <= 1 < abs(much[2] - much[1]).max()
     assert ((much[0] > 0) & (much[0] < 255)).mean() > 0.9
 
@@ -100,25 +101,24 @@ def test_edms_time_steps_on_another_schedule_have_edms_noise_levels():
     torch.testing.assert_close(mixed.s(t), VP().s(t))
 
 
-@pytest.mark.parametrize("other", ["vp", "ve"])
-def test_every_solver_reaches_the_floor_and_eulers_method_last(exact, other):
+def test_every_solver_reaches_the_floor_and_eulers_method_last(exact):
     found = numbers("solvers", "--runs", exact, "--N", "6", "128", "--rtol", ".001", "--fid-num",
-                    "1000", "--other", other)
+                    "1000")
     limit = 4 * judge(exact, 1000).real["floor"]
     few, many = np.flatnonzero(found["NFE"] == 11)[0], np.flatnonzero(found["NFE"] == 255)[0]
-    assert max(found[name][many] for name in ("heun", "+ t_i", "+ sigma, s", "euler edm")) < limit
-    assert np.nanmax(found["rk45"]) < limit < found["+ sigma, s"][few]
-    assert found["euler"][few] > found["euler"][many]
-    assert found["+ sigma, s"][many] < found["euler"][many]
+    assert max(found[name][many] for name in ("Heun, VP", "Heun, VP at EDM's steps", "Heun, EDM",
+                                              "Euler, EDM")) < limit
+    assert np.nanmax(found["rk45, VP"]) < limit < found["Heun, EDM"][few]
+    assert found["Euler, VP"][few] > found["Euler, VP"][many]
+    assert found["Heun, EDM"][many] < found["Euler, VP"][many]
 
 
-def test_a_table_of_several_runs_has_their_mean_and_pooled_deviation(exact, monkeypatch):
+def test_a_table_of_several_runs_has_their_mean_and_deviation(exact, monkeypatch):
     runs, judge = [exact, exact], plot.Judge(SimpleNamespace(options={}), exact)
     distances = iter([1.0, 3.0, 5.0, 5.0])
     monkeypatch.setattr(evaluate, "run_distance", lambda *given, **how: next(distances))
-    found = dict(heun=judge(runs, "heun", 3), euler=judge(runs, "euler", 4))
-    assert [mean for mean, _, _ in found.values()] == [2, 5]
-    assert edm.pooled(found) == pytest.approx(1.0)                             # sqrt((2 + 0)/2)
+    found = judge.cells(dict(a=runs, b=runs), "heun", 3)
+    assert found == pytest.approx({"a": 2, "sd a": 2 ** 0.5, "b": 5, "sd b": 0})
 
 
 def test_each_setting_of_churn_switches_off_what_it_names(exact):
@@ -128,15 +128,12 @@ def test_each_setting_of_churn_switches_off_what_it_names(exact):
     found = numbers("churn", "--runs", exact, "--N", "24", "--S_churn", "8", "--S_tmin", "75",
                     "--S_tmax", "90", "--S_noise", "2", "--fid-num", "1000")
     limit = 4 * judge(exact, 1000).real["floor"]
-    heun = judge(exact, 1000)([exact], "heun", 24)[0]
-    first = [found[name][0] for name in ("all", "interval", "S_noise", "neither")]
-    assert first == pytest.approx([heun] * 4, rel=1e-4)                # S_churn 0 is Heun's method
+    assert found["Heun"] == pytest.approx(judge(exact, 1000)([exact], "heun", 24)[0], rel=1e-4)
     r = (1 + 2 ** 2 * (16 / 9 - 1)) * 9 / 16                           # sigma_hat = 4/3 sigma
-    assert found["all"][1] == pytest.approx(2 * V * (r ** 0.5 - 1) ** 2, rel=0.25)
-    assert found["all"][1] > limit and found["S_noise"][1] > 2 * found["all"][1]
-    assert found["interval"][1] < limit and found["neither"][1] < limit
-    assert found["interval"][1] != found["neither"][1]
-    assert found["SDE"][0] == found["SDE"][1] < limit
+    assert found["all"] == pytest.approx(2 * V * (r ** 0.5 - 1) ** 2, rel=0.25)
+    assert found["all"] > limit and found["S_noise"] > 2 * found["all"]
+    assert found["interval"] < limit and found["neither"] < limit
+    assert found["interval"] != found["neither"] and found["SDE"] < limit
 
 
 def test_flow_lines_are_the_same_in_every_schedule():

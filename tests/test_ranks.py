@@ -28,7 +28,6 @@ def train_all(runs):
     torch.set_default_dtype(torch.float64)
     to_float = evaluate.to_float
     evaluate.to_float = lambda x: to_float(x).double()
-    train.start_ranks()
     for options in runs:
         train.run(Options(**options), brief=True)
     if dist.is_initialized():

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -244,12 +245,24 @@ def test_resume_without_a_name_takes_the_run_that_was_started_last(capsys):
 
 # ---- Folders -------------------------------------------------------------------------------------
 
+HOLD = """
+import fcntl
+file = open("run/.lock.part", "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+input(print(flush=True))
+"""
+
+
 def test_a_second_process_on_one_run_is_refused(capsys):
+    """And this process is not kept out by a lock of its own, as of a run that failed."""
     trained("run", RUN, steps=2)
-    with open("run/.lock.part", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=-1, stdout=-1) as other:
+        other.stdout.readline()                                        # it has the lock
         assert "another process" in refused(["--resume", "run", "--steps", "3"], capsys)
-    assert train.main(["--resume", "run", "--steps", "3", "--lr", "0.005"]) == 0      # as it was
+        other.communicate(b"\n")
+    with open("run/.lock.part", "a") as own:
+        fcntl.lockf(own, fcntl.LOCK_EX)
+        assert train.main(["--resume", "run", "--steps", "3", "--lr", "0.005"]) == 0  # as it was
 
 
 def test_two_starts_at_once_get_two_folders(monkeypatch):

@@ -18,8 +18,8 @@ edm, ddpm = EDM(), DDPM()
 every_order = pytest.mark.parametrize("order", [0, 1, 2])
 
 
-def c_skip(sigma, schedule=edm):
-    return schedule.precondition(sigma)[0]
+def c_skip(sigma):
+    return edm.precondition(sigma)[0]
 
 
 def denoiser(activation=F.silu, schedule=edm):
@@ -46,8 +46,8 @@ SIGMA = torch.full((6, 1), 0.4).double()
 
 def design_terms(net, schedule, order):
     """loss and control of X0 at each noise of the design, (6,) each."""
-    skip = partial(c_skip, schedule=schedule)
-    return taylor_terms(net, X0, design(3), SIGMA, schedule.weight, skip, order)
+    given = net, X0, design(3), SIGMA, schedule.weight, schedule.precondition
+    return taylor_terms(*given, order)
 
 
 def flat_gradient(value, net):
@@ -92,7 +92,8 @@ def test_control_has_mean_zero_over_the_noise_whatever_the_dropout_masks():
     control = []
     for noise in design(64):
         torch.manual_seed(7)                                       # the same masks for each noise
-        control.append(taylor_terms(net, y, noise.view_as(y), sigma, edm.weight, c_skip)[1])
+        control.append(taylor_terms(net, y, noise.view_as(y), sigma, edm.weight,
+                                    edm.precondition)[1])
     control = torch.cat(control)
     assert control.mean().abs() < 1e-12 * control.abs().mean()
 
@@ -107,7 +108,7 @@ def test_control_of_an_affine_denoiser_is_its_closed_form():
         A.requires_grad_(learned)
         for order in (1, 2):
             _, control = taylor_terms(lambda x, s: x @ A.T + b, X0, noise, s.expand(6, 1),
-                                      edm.weight, c_skip, order)
+                                      edm.weight, edm.precondition, order)
             close(control, want)
 
 
@@ -116,7 +117,7 @@ def test_probe_averaged_over_all_sign_vectors_is_the_exact_trace(order):
     """At every noise: the mean of v.J v over the 2^d vectors v of +-1 is tr J."""
     s = torch.linspace(0.1, 2, 5, dtype=torch.float64)[:, None]
     control = partial(taylor_terms, denoiser().double(), randn(5, 3, seed=1), randn(5, 3, seed=2),
-                      s, edm.weight, c_skip, order)
+                      s, edm.weight, edm.precondition, order)
     signs = [tensor(*v).expand(5, 3) for v in itertools.product([-1, 1], repeat=3)]
     mean = torch.stack([control(v)[1] for v in signs]).mean(0)
     close(mean, control()[1])
@@ -157,7 +158,7 @@ def left(sigma, order):
         return c_skip(sigma) * x
 
     def controlled(*batch):
-        loss, control = taylor_terms(*batch, c_skip, order)
+        loss, control = taylor_terms(*batch, edm.precondition, order)
         return loss - control
     batch = initial, x0, randn(20_000, 2, seed=3), x0.new_full((20_000, 1), sigma), edm.weight
     return gradients(controlled, *batch).var(0).sum() / gradients(dsm_loss, *batch).var(0).sum()
