@@ -1047,11 +1047,11 @@ def print_levels(table, options, data):
     """noise_table on the terminal, with a bar for the share of the loss that is noise."""
     same = "of its class" if options.classes else ""
     count = min(len(data.x), max(options.ref_batch, 128))
-    print("squared errors by noise level, times the run's weight; the mean is that of x0 given "
-          f"{count:,} references\n\n"
-          f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   at least this share\n"
-          f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   of DSM's loss is "
-          f"noise\n{same:>44}")
+    print("the network's squared error by noise level, times the run's weight: to the clean x0 "
+          f"(DSM), and to\nthe mean of x0 over {count:,} references (STF)\n\n"
+          f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   share of noise in\n"
+          f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   DSM's loss, at least\n"
+          f"{same:>44}")
     for sigma, dsm, stf, size in table:
         noise = 1 - stf / dsm
         bar = "#" * max(round(20 * noise), 0)
@@ -1177,7 +1177,7 @@ def fid(args):
           f"{'':20}{f'{num} samples':>20}{f'{num} real (floor)':>20}\n"
           f"{distance_name(features[0], num):20}{distance:20.4g}{real['floor']:20.4g}")
     if math.isnan(real["floor"]):
-        print(f"no floor: it takes {2 * num} real rows")
+        print(f"no floor: it takes {2 * num} real rows, and the data have {len(data.x)}")
 
 
 def levels(args):

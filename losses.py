@@ -448,14 +448,15 @@ def augment(images, a):
 
     images (B, C, H, H), a (B, 8) -> (B, C, H, H).  Needs: nothing.
     """
+    a = a.to(images, non_blocking=True)
+    a0, a1, a2, a3, a4, a5, a6, a7 = a.unbind(1)
+    one = torch.ones_like(a0)
+
     def matrix(*top):                                       # its two upper rows -> (B, 3, 3)
         return torch.stack([torch.stack([v * one for v in row], 1) for row in [*top, [0, 0, 1]]], 1)
 
     scale = lambda x, y: matrix([x, 0, 0], [0, y, 0])
     turn = lambda r: matrix([r.cos(), -r.sin(), 0], [r.sin(), r.cos(), 0])
-    a = a.to(images, non_blocking=True)
-    a0, a1, a2, a3, a4, a5, a6, a7 = a.unbind(1)
-    one = torch.ones_like(a0)
     warp = (matrix([1, 0, a6 / 4], [0, 1, a7 / 4])              # in grid_sample's units, H = 2
             @ turn(-a4) @ scale(2 ** (0.2 * a5), 2 ** (-0.2 * a5)) @ turn(a4)
             @ turn(-a3) @ scale(2 ** (0.2 * a2), 2 ** (0.2 * a2)))

@@ -331,20 +331,25 @@ class UNet(nn.Module):
             if not self.adm:
                 e = e + self.map_label(label * math.sqrt(self.classes))
         e = self.map_layer1(F.silu(self.map_layer0(e)))
-        return F.silu(e + self.map_label(label) if self.classes and self.adm else e)
+        if self.classes and self.adm:
+            e = e + self.map_label(label)
+        return F.silu(e)
 
     def forward(self, x, c_noise, labels=None, augment_labels=None):
         emb = self.embed(c_noise, labels, augment_labels)
         skips, aux = [], x
         for name, layer in self.enc.items():
             if "aux_residual" in name:
-                x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
+                x = aux = (x + layer(aux)) * math.sqrt(0.5)
+                skips[-1] = x
             else:
                 x = layer(x, emb) if isinstance(layer, Block) else layer(x)
                 skips.append(x)
         for name, layer in self.dec.items():
             if isinstance(layer, Block):
-                x = layer(x if layer.cin == x.shape[1] else torch.cat([x, skips.pop()], 1), emb)
+                if layer.cin != x.shape[1]:
+                    x = torch.cat([x, skips.pop()], 1)
+                x = layer(x, emb)
             elif "norm" in name:
                 features = F.silu(layer(x))
             else:
@@ -488,8 +493,9 @@ class Inception(nn.Module):
             x = F.interpolate(images.float() / 255, (299, 299), mode="bilinear",
                               align_corners=False, antialias=False)
             x = 2 * x - 1                                               # (B, 3, 299, 299)
-            *body, (_, fc) = self.named_children()
-            for name, layer in body:
+            layers = dict(self.named_children())
+            fc = layers.pop("fc")
+            for name, layer in layers.items():
                 if name in ("Conv2d_3b_1x1", "Mixed_5b"):               # (B, 64, 73, 73) and
                     x = F.max_pool2d(x, 3, 2)                           # (B, 192, 35, 35)
                 x = layer(x)            # then 35 x 35, from 6a on 17 x 17, from 7a on 8 x 8

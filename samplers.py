@@ -185,7 +185,8 @@ def rk45(denoise, x, t, schedule, rtol=1e-5, atol=1e-5, labels=(), max_steps=100
 
     k = slope(x, time.view(column))
     h = (0.01 * size(x, x) / size(k, x)).nan_to_num(0).maximum(1e-6 * (time - end))
-    while len(rows := (time > end).nonzero().squeeze(1)):                                 # (b,)
+    while (time > end).any():
+        rows = (time > end).nonzero().squeeze(1)                                          # (b,)
         now, y = time[rows], x[rows]
         step = h[rows].minimum(now - end)
         y_next, error, k_next = dormand_prince(slope, y, now.view(column), -step.view(column),
