@@ -60,17 +60,17 @@ def status(program, command, cure):
 
     cure: what to do where memory is too small.
     """
-    for stream in (sys.stdout, sys.stderr):        # a class's name may have other letters than
-        if hasattr(stream, "reconfigure"):         # the terminal: they become question marks
+    for stream in (sys.stdout, sys.stderr):        # the terminal may lack a letter of a class's
+        if hasattr(stream, "reconfigure"):         # name: it becomes a question mark
             stream.reconfigure(errors="replace")
     try:
         command()
         return 0
     except (BadInput, OSError, FloatingPointError) as error:
-        if ranks()[0] == 0 or not isinstance(error, BadInput):     # outside `agree`, all have it
+        if ranks()[0] == 0 or not isinstance(error, BadInput):     # which all ranks have
             print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, MemoryError) as error:   # torch has no type for memory of any device
+    except (RuntimeError, MemoryError) as error:   # torch has no one type for all devices
         if not re.search("out of memory|allocate|MemoryError", repr(error)):
             raise
         print(f"{program}: out of memory; {cure}", file=sys.stderr)
@@ -92,14 +92,17 @@ class Progress:
         self.due = self.start + (0.5 if self.live else 5)
 
     def __call__(self, done, more=""):
-        now, end = time.time(), done >= self.total and self.live and self.due > self.start + 0.5
+        now, shown = time.time(), self.due > self.start + 0.5
+        end = self.live and shown and done >= self.total
         if ranks()[0] > 0 or (now < self.due and not end):
             return
         self.due = now + (0.5 if self.live else 15)
         left = int((now - self.start) / max(done - self.begin, 1) * max(self.total - done, 0))
         text = f"{self.what}: {done:,} of {self.total:,}{more}, {left // 60}:{left % 60:02d} left"
-        print(f"\r{text:<79}" if self.live else text, end="" if self.live and not end else "\n",
-              file=sys.stderr, flush=True)
+        if self.live:
+            print(f"\r{text:<79}", end="\n" if end else "", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 def progress(what, items):
@@ -157,12 +160,12 @@ def load_data(name, size=None, data_dir="data", fresh=None):
     Paths: a folder or a .zip of images (sub-folder = class; or labels in a dataset.json, as EDM's
     code has them), .npz ('images', 'labels'), .npy, CIFAR-10's binary .tar.gz, an idx3 file.
     size: crops each image to its central square, then resizes it to size x size.
-    fresh: draw so many new rows, none of load_data(name)'s, of a set that is drawn here.
+    fresh: how many new rows to draw of a set in DRAWN; load_data(name) has none of them.
     """
     if name in DRAWN:
         more = dict(n=fresh, seed=1) if fresh else {}
-        made = (*digits(**more), "0123456789") if name == "digits" else points(name, **more)
-        return build(name, f"the built-in set {name}", size, *made)
+        x, labels = digits(**more) if name == "digits" else points(name, **more)
+        return build(name, f"the built-in set {name}", size, x, labels)
     path = Path(name)
     if name == "cifar10":
         path = download("cifar-10-binary.tar.gz", data_dir)
@@ -282,7 +285,7 @@ def files_below(folder, seen):
 
 
 def members(path):
-    """({name: its path's parts}, content(name) -> bytes): images, dataset.json of a folder or zip.
+    """({name: its path's parts}, content(name) -> bytes), of a folder's or zip's images and json.
 
     Hidden files are left out.  Outer folders that hold all the classes, or the dataset.json, are
     dropped from the paths.
@@ -313,7 +316,7 @@ def members(path):
 
 
 def read_images(path, size):
-    """Of a folder or a zip of images."""
+    """x, labels, classes of a folder or a zip of images."""
     parts, content = members(path)
     table = next((name for name, p in parts.items() if p == ["dataset.json"]), None)
     names = [name for name, p in parts.items() if p[-1] != "dataset.json"]
@@ -379,7 +382,7 @@ def read_numpy(path):
 
 
 def read_cifar(path):
-    """Of CIFAR-10's tar: the training batches.
+    """x, labels, classes of the training batches in CIFAR-10's tar.
 
     A record is a byte of label and 3072 bytes: a red, a green, a blue plane, 32 rows each.
     """
@@ -398,7 +401,7 @@ def read_cifar(path):
 
 
 def read_idx(path):
-    """Of an idx images file, and of the labels file beside it, if there is one."""
+    """x of an idx images file, labels of the labels file beside it, if there is one."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     labels = [path.with_name(name), path.with_name(f"{name}.gz")]
     found = [idx(beside, 1) for beside in labels if beside.is_file()]
@@ -690,17 +693,16 @@ def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sched
 def draw(denoise, x, labels, noise, sampler, schedule, t, choices, callback=None):
     """The named sampler from x, of noise level sigma(t[0]); labels: () or one tensor (b,)."""
     sigma, start, images = schedule.sigma(t), schedule.s(t[0]) * x, x.ndim > 2
-    variance, heads = choices.get("variance", "beta_tilde"), []
+    variance, latest = choices.get("variance", "beta_tilde"), {}
 
     def D(x, sigma):
         if variance not in ("sn", "npr"):
             return denoise(x, sigma, *labels)
-        D_x, head = denoise(x, sigma, *labels, head=True)      # one call gives D and the head
-        heads[:] = [head]
+        D_x, latest["head"] = denoise(x, sigma, *labels, head=True)       # one call gives both
         return D_x
 
     def head(x, sigma):
-        return heads[0]
+        return latest["head"]
 
     covariances = dict(sn=samplers.sn_covariance(head), npr=samplers.npr_covariance(head))
     covariance = variance if callable(variance) else covariances.get(variance)
@@ -851,7 +853,7 @@ def save_pictures(path, panels, names=()):
 
 
 def save_gif(path, frames, columns):
-    """A GIF of a sampler's states x (n, ...), each of the contrast of the last one, which stays."""
+    """A GIF of a sampler's states x (n, ...), scaled to the last one's contrast; it stays there."""
     pages, limit = [], 1.1 * frames[-1].abs().max().item()
     for x in frames:
         x = to_uint8(x * (frames[-1].std() / x.std()))
@@ -861,7 +863,7 @@ def save_gif(path, frames, columns):
 
 
 def whole(path, write, **options):
-    """write(file, **options) to path, which is there whole or not at all."""
+    """Writes a file by write(file, **options), whole or not at all."""
     def to_part():
         part = Path(f"{path}.part")
         os.makedirs(part.parent, exist_ok=True)
@@ -872,17 +874,18 @@ def whole(path, write, **options):
                 os.fsync(file.fileno())
             os.replace(part, path)
         finally:
-            part.unlink(missing_ok=True)           # of a full disk, no more than there was
+            part.unlink(missing_ok=True)           # a full disk keeps no part
     attempt(path, "make room there, or choose another place", to_part)
 
 
 def class_grid(options, count):
-    """Labels for a picture of samples and the names of its rows: a row for each of 10 classes."""
+    """Labels and row names of a picture: one row a class, at most 10 for images."""
     if not options.classes:
         return None, []
     names = options.classes[:10] if len(options.shape) > 1 else options.classes
-    labels = torch.arange(count) % len(names)
-    return labels.sort().values, names if len(options.shape) > 1 and count % len(names) == 0 else []
+    labels = (torch.arange(count) % len(names)).sort().values
+    equal_rows = len(options.shape) > 1 and count % len(names) == 0
+    return labels, names if equal_rows else []
 
 
 # ---- Distances -----------------------------------------------------------------------------------
@@ -1045,13 +1048,13 @@ def noise_table(denoise, options, data, count=128):
 
 def print_levels(table, options, data):
     """noise_table on the terminal, with a bar for the share of the loss that is noise."""
-    same = "of its class" if options.classes else ""
+    same = f"\n{'of its class':>44}" if options.classes else ""
     count = min(len(data.x), max(options.ref_batch, 128))
     print("the network's squared error by noise level, times the run's weight: to the clean x0 "
           f"(DSM), and to\nthe mean of x0 over {count:,} references (STF)\n\n"
           f"{'':8} {'DSM loss':>11}{'STF loss':>11}{'references':>13}   share of noise in\n"
-          f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   DSM's loss, at least\n"
-          f"{same:>44}")
+          f"{'sigma':>8} {'(to x0)':>11}{'(to mean)':>11}{'averaged':>13}   DSM's loss, at least"
+          f"{same}")
     for sigma, dsm, stf, size in table:
         noise = 1 - stf / dsm
         bar = "#" * max(round(20 * noise), 0)
@@ -1228,7 +1231,9 @@ examples:
         add("--data", metavar="PATH", help="the data of RUN, if they are no longer where they were")
         add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     for add in (sample.add_argument, fid.add_argument):
-        few, usual = (2, "2000 images") if add == fid.add_argument else (1, "8 of each class")
+        few, usual = (1, "8 of each class, 64 without classes")
+        if add == fid.add_argument:
+            few, usual = (2, "2000 images")
         add("--num", type=number(int, few), metavar="N", help="number of samples (default: "
             f"{usual}; 4000 points)")
         add("--seed", type=number(int, 0, 2 ** 31 - 1), default=0, metavar="N",

@@ -4,7 +4,7 @@
     MLP        points (B, d)
     UNet       images (B, C, H, W): the small one of train.py's default run, and DDPM++, NCSN++, ADM
                as improved and published with EDM (Karras et al. 2022, its code's "SongUNet" and
-               "DhariwalUNet"), one class.  Parameter names and shapes are those of the published
+               "DhariwalUNet").  Parameter names and shapes are those of the published
                networks: Denoiser(UNet(...)).load_state_dict accepts their exported weights.
     Inception  features of images, for FID, and class logits
 
@@ -162,7 +162,9 @@ class Block(nn.Module):
         eps = 1e-5 if adm else 1e-6
         self.cin, self.cout, self.dropout, self.adm = cin, cout, dropout, adm
         self.scale = 1.0 if adm else math.sqrt(0.5)
-        self.heads = (max(cout // 64, 1) if adm else 1) if attention else 0
+        self.heads = 0
+        if attention:
+            self.heads = max(cout // 64, 1) if adm else 1
         self.norm0 = GroupNorm(cin, eps)
         self.conv0 = Conv(cin, cout, 3, up, down, fir)
         self.affine = nn.Linear(emb, 2 * cout if adm else cout)
@@ -200,7 +202,7 @@ class Block(nn.Module):
 # ---- Networks ------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
-    """Points: depth hidden layers, x beside an embedding of c_noise (and label).  (B, d).
+    """For points (B, d): `depth` hidden layers on x, an embedding of c_noise, and the label.
 
     head: d more outputs, see Denoiser.  Needs: sinusoids, one_hot.
     """
@@ -212,7 +214,8 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:]))
         self.head = nn.Linear(width, dim) if head else None
         self.out = nn.Linear(width, dim)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x, c_noise, labels=None, augment_labels=None):
         noise, label = sinusoids(c_noise, self.width).to(x), one_hot(labels, self.classes, x)
@@ -226,13 +229,13 @@ class MLP(nn.Module):
 class UNet(nn.Module):
     """DDPM++, NCSN++ and ADM with EDM's improvements, and anything smaller: see UNETS below.
 
-    size     side of the (square) images, halved from level to level; ValueError where it cannot be
+    size     side of the (square) images, halved at each level; ValueError if it is odd before that
     channels of the images, in and out
     width    channels at the first level, times mult[level] at each
     blocks   per level of the encoder; the decoder has one more
     attend   resolutions with attention (in the encoder in every block but the down-sampling ones;
-             in the decoder in each level's last block, ADM in every one); the decoder's very first
-             block always attends
+             in the decoder in each level's last `block`, ADM in every one); the decoder's very
+             first block always attends
     dropout  of the activations within blocks
     augment_dim  length of the augmentation labels, 0 for none
     fir      resampling filter
@@ -423,7 +426,7 @@ class Mixed(nn.Module):
             width, path = cin, self.paths.setdefault(branch, [])
             for i, (channels, *kernels) in enumerate(steps, 1):
                 name = f"{branch}_{i}" if len(steps) > 1 else branch
-                path.append([name + letter for letter in ("ab" if len(kernels) > 1 else [""])])
+                path.append([name + "a", name + "b"] if len(kernels) > 1 else [name])
                 down = (2, 0) if stride == 2 and i == len(steps) else ()
                 for layer, kernel in zip(path[-1], kernels):
                     self.add_module(layer, ConvBN(width, channels, kernel, *down))

@@ -144,7 +144,7 @@ class Options:
     fid_every: int = option(0, "steps between distances to the data, by which best.pt is kept; 0: "
                            "none", 0)
     fid_num: int = option(None, "samples drawn for each of these distances", 2)
-    fid_features: str = option(None, "what they are measured on: pixels, or the features of "
+    fid_features: str = option(None, "what distances are measured on: pixels, or the features of "
                                "Inception, which is downloaded", choices=("pixels", "inception"))
     sample_every: int = option(None, "steps between pictures of samples; 0: only at the end", 0)
     sample_steps: int = option(None, "steps of Heun's method for pictures and distances", 1, 500)
@@ -180,7 +180,7 @@ KINDS = {     # the defaults that depend on the kind of data, and for images on 
         arch="unet", steps=2000, batch=16, lr=2e-3, warmup=50, decay=0.7, beta2=0.99, ema=(5000,),
         eval_every=500, sample_every=500, checkpoint_every=200)}
 
-# The papers' runs: batch, rates, dropout, augmentation, averages and steps as published.
+# The papers' runs, and mnist: batch, rates, dropout, augmentation, averages, steps as published.
 SCORE_SDE = dict(batch=128, lr=2e-4, warmup=5000, steps=1_300_000, ema=(887_000,), dropout=0.1,
                  xflip=True, clip=1.0, beta2=0.999, decay=0.0)
 KARRAS = dict(schedule="edm", augment=0.12, batch=512, lr=1e-3, warmup=19_531, steps=390_625,
@@ -212,7 +212,7 @@ PRESETS = {
                         attend=(16,), loss="dsm", weight="debias", schedule="ddpm", batch=8,
                         lr=2e-5, warmup=0, steps=500_000, ema=(55_400,), decay=0.0, beta2=0.999,
                         fid_every=50_000, fid_num=10_000)}
-# These options have an effect with one value of another option alone.
+# Each of these options has an effect only if another option has this value.
 BELONGS = dict(K=("loss", "sa"), lam=("loss", "sa"), tau=("loss", "sa"),
                level_noise=("loss", "sa"), windows=("loss", "sa"), order=("loss", "taylor"),
                P_mean=("schedule", "edm"), P_std=("schedule", "edm"))
@@ -226,13 +226,13 @@ def word(name):
 
 
 def check(options):
-    """BadInput where an option has none of the values that it may have."""
+    """BadInput where an option has a value that it may not have."""
     for name, field in CHOSEN.items():
         value = getattr(options, name)
         low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
         if value is None:
             continue
-        kind = {float: (int, float)}.get(field.type, field.type)
+        kind = (int, float) if field.type is float else field.type
         if not isinstance(value, kind):
             raise BadInput(f"{word(name)} {value!r} is not of type {field.type.__name__}")
         values = value if kind is tuple else (value,)
@@ -282,7 +282,7 @@ def resolve(options, data):
         (points and for_images, f"{' and '.join(for_images)}: not for points; leave it out"),
         ((options.arch == "mlp") != points, "--arch mlp is for points, and only that is; "
          f"{data.name} has shape {options.shape}"),
-        (options.attend and not points and not set(options.attend) <= set(sizes),
+        (options.attend and not set(options.attend) <= set(sizes),
          f"--attend: the sizes in this network are {sizes}"),
         (options.width and options.width % 2, "--width is not even; choose an even number"),
         (options.cond and data.labels is None, f"--cond: {data.name} has no labels; leave "
@@ -292,8 +292,8 @@ def resolve(options, data):
          "network's target holds no noise that a Taylor control could take out"),
         (options.head != "none" and not options.init, "--head needs --init RUN, the run whose "
          "network gets it"),
-        (options.head != "none" and not_for_heads, f"{' and '.join(not_for_heads)}: the head has a "
-         "loss of its own, and the network around it no dropout; leave it out"),
+        (options.head != "none" and not_for_heads, f"{' and '.join(not_for_heads)}: a head has its "
+         "own loss, and no dropout; leave it out"),
         (few, "--ref-batch is less than --batch, whose rows are among the references; choose more"),
         (options.holdout == 1, "--holdout 1 would leave nothing to train on"),
         (options.holdout and options.data in evaluate.DRAWN, "--holdout: the error on "
@@ -320,7 +320,7 @@ def resumed(folder, given):
 
 
 def inherit(options):
-    """--init's run fixes the network and its noise levels."""
+    """The options, with the network and the noise levels of --init's run."""
     stored = evaluate.load_checkpoint(options.init)["options"]
     options = dataclasses.replace(options)
     for name in ("cond", "schedule", "precondition", "arch", "width", "mult", "blocks", "attend",
@@ -329,8 +329,8 @@ def inherit(options):
         if value not in (CHOSEN[name].default, stored[name]):
             raise BadInput(f"--init {options.init}: cannot change {word(name)} {value} "
                            f"(was {stored[name]})")
-        belongs = BELONGS.get(name, ("schedule", stored["schedule"]))[1] == stored["schedule"]
-        setattr(options, name, stored[name] if belongs else None)
+        unused = name in ("P_mean", "P_std") and stored["schedule"] != "edm"
+        setattr(options, name, None if unused else stored[name])
     return options
 
 
@@ -355,7 +355,8 @@ class Batch:
         for name in ("x0", "noise", "sigma", "labels", "a", "tau", "probe"):
             value = getattr(self, name)
             if value is not None:
-                part[name] = value[:, rows] if value.ndim > self.x0.ndim else value[rows]
+                levels = value.ndim > self.x0.ndim                    # SA: (K, B, ...)
+                part[name] = value[:, rows] if levels else value[rows]
         return dataclasses.replace(self, **part)
 
 
@@ -370,36 +371,42 @@ def generator(seed, step, stream, device="cpu"):
     return torch.Generator(device).manual_seed(2 * number)
 
 
+def draw_rows(N, n, g):
+    """n of the numbers below N, distinct if n <= N; those of a smaller n are the first of them."""
+    if n > N:
+        return torch.randint(N, (n,), generator=g)
+    if N <= 100_000:
+        return torch.randperm(N, generator=g)[:n]
+    drawn = {}                                             # in O(n); a dict keeps their order
+    while len(drawn) < n:
+        drawn |= dict.fromkeys(torch.randint(N, (n,), generator=g).tolist())
+    return torch.tensor(list(drawn)[:n])
+
+
 def draw_batch(pixels, labels, options, schedule, step):
     """The Batch of a step, from the data's rows (N, ...) and labels (N,), or None.
 
-    The references are different rows, but where the batch is larger than the data; all rows, where
-    there are fewer than --ref-batch.  Each of them is as likely as any other to be a source: that
-    keeps STF unbiased.  The sources do not depend on n.
+    The references are distinct rows, unless the batch exceeds the data; and all rows, if the data
+    has fewer than --ref-batch.  The first of them are the sources, from which the batch is made.
+    Each reference is as likely as any other to be a source: that keeps STF unbiased.
     """
     B, K, device, stf = options.batch, options.K, options.device, options.loss in STABLE_LOSSES
-    N = len(pixels) - (len(pixels) // options.holdout if options.holdout else 0)  # to train on
+    N = len(pixels)
+    if options.holdout:
+        N -= N // options.holdout                              # rows to train on
     n = max(B, min(options.ref_batch, N)) if stf else B
-    g = generator(options.seed, step, 0)
-    if n > N:
-        rows = torch.randint(N, (n,), generator=g)
-    elif N <= max(100_000, 4 * n):
-        rows = torch.randperm(N, generator=g)[:n]
-    else:                                                      # in O(n)
-        drawn = torch.randint(N, (2 * n,), generator=g).tolist()
-        rows = torch.tensor(list(dict.fromkeys(drawn))[:n])    # each number where it comes first
+    rows = draw_rows(N, n, generator(options.seed, step, 0))
     if options.holdout:
         rows = rows + rows // (options.holdout - 1)            # passes over every holdout-th row
     g = generator(options.seed, step, 4)
     u = torch.rand(B, generator=g, dtype=torch.float64).clamp_min(2.0 ** -53)
-    flip = torch.rand(n, generator=g) < 0.5 if options.xflip else None
     sigma = schedule.training_sigma(u)                                            # (B,)
 
     x = pixels[rows.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
-    if flip is not None:
-        flip = flip.to(device, non_blocking=True)[:, None, None, None]
-        x = torch.where(flip, x.flip(-1), x)
-    batch = Batch(evaluate.to_float(x[:B]), None, None)
+    if options.xflip:
+        flip = (torch.rand(n, generator=g) < 0.5).to(device, non_blocking=True)
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    batch = Batch(x0=evaluate.to_float(x[:B]), noise=None, sigma=None)            # these: below
     if options.cond:
         batch.labels = labels[rows[:B]]
     if stf:
@@ -414,11 +421,12 @@ def draw_batch(pixels, labels, options, schedule, step):
     if options.loss == "sa":
         ladder = ladder_of(schedule)
         T, shape = len(ladder), (K, *shape)
-        t = torch.searchsorted(ladder, sigma).clamp(max=T - 1) + 1                # (B,) in 1..T
         if options.windows == "up":
-            t = (u * (T + K)).long()                                              # in 0..T+K-1
-        levels = (t - torch.arange(K)[:, None]).clamp(1, T)                       # (K, B)
-        sigma = ladder[levels - 1]
+            t = (u * (T + K)).long()                                    # (B,) in 0..T+K-1
+        else:
+            t = torch.searchsorted(ladder, sigma).clamp(max=T - 1) + 1  # (B,) in 1..T
+        numbers = (t - torch.arange(K)[:, None]).clamp(1, T)                      # (K, B)
+        sigma = ladder[numbers - 1]
         batch.tau = on(device, sa_tau(ladder, t, K, options.tau), batch.x0)
     batch.sigma = on(device, sigma, batch.x0)                     # (B, 1, ..), SA: (K, B, 1, ..)
     g = generator(options.seed, step, 1, device)
@@ -437,7 +445,7 @@ def on(device, values, x):
 
 
 def ladder_of(schedule):
-    """sigma_1 < ... < sigma_T: a ladder's levels, or 1000 time steps of a continuous schedule."""
+    """sigma_1 < ... < sigma_T: a ladder's levels, or a continuous schedule's at 1000 time steps."""
     if hasattr(schedule, "levels"):
         return schedule.levels
     return schedule.sigma(schedule.time_steps(1000)[:-1]).flip(0)
@@ -446,7 +454,7 @@ def ladder_of(schedule):
 # ---- The objective -------------------------------------------------------------------------------
 
 def objective(options, denoiser, batch, weight, precondition, beta):
-    """The loss of each sample, (B,), by --loss.
+    """The loss of each sample, (B,), by --loss, or of --head.
 
     weight: sigma -> lambda; precondition: the denoiser's; beta: a RunningBeta, for taylor.
     """
@@ -486,16 +494,16 @@ def stable_target(batch, x, sigma):
 
 def controlled(options, denoise, batch, weight, precondition):
     """dsm_loss and its Taylor control, (B,) each; the trace is exact in up to 8 dimensions."""
-    given = denoise, batch.x0, batch.noise, batch.sigma, weight, precondition, options.order
+    arguments = denoise, batch.x0, batch.noise, batch.sigma, weight, precondition, options.order
     if options.order == 0:
-        return taylor_terms(*given)
+        return taylor_terms(*arguments)
     probe = batch.probe if batch.x0[0].numel() > 8 else None
     with sdpa_kernel(SDPBackend.MATH):           # the only attention with second derivatives
-        return taylor_terms(*given, probe)
+        return taylor_terms(*arguments, probe)
 
 
 def update_beta(options, denoiser, batch, weight, beta, step):
-    """The control's coefficient for later steps, from the last layer's gradients of 16 samples."""
+    """Updates beta, for later steps, by the last layer's gradients of up to 16 samples."""
     m, device = min(16, options.batch), options.device
     small, g = batch.rows(slice(m)), generator(options.seed, step, 3, device)
     torch.manual_seed(g.initial_seed())                  # dropout: the same mask on every rank
@@ -516,12 +524,21 @@ def learning_rate(options, step):
 
 
 def ema_beta(half_life, options, step):
-    """beta in average <- beta average + (1 - beta) weights, after `step` steps   (EDM's code).
+    """The factor beta of update_averages   (EDM's code).
 
         beta = 1/2^(batch/h),    h = min(half_life, ema_rampup images seen)
     """
     h = min(half_life, options.ema_rampup * step * options.batch)
     return 0.5 ** (options.batch / max(h, 1e-8))
+
+
+@torch.no_grad()
+def update_averages(averages, denoiser, options, step):
+    """average <- beta average + (1 - beta) weights, for each half-life, after `step` steps."""
+    weights = list(denoiser.parameters())
+    for half_life, average in averages.items():
+        beta = ema_beta(float(half_life), options, step)
+        torch._foreach_lerp_(list(average.parameters()), weights, 1 - beta)
 
 
 # ---- Ranks ---------------------------------------------------------------------------------------
@@ -543,13 +560,15 @@ def start_ranks():
 
 def agree(call):
     """call() on every rank; BadInput on one of them is raised on all."""
-    result, error, errors = None, None, [None] * ranks()[1]
-    if len(errors) == 1:
+    world = ranks()[1]
+    if world == 1:
         return call()
+    result, error = None, None
     try:
         result = call()
     except BadInput as bad:
         error = str(bad)
+    errors = [None] * world
     dist.all_gather_object(errors, error)
     for error in errors:
         if error:
@@ -558,15 +577,15 @@ def agree(call):
 
 
 def in_turn(load):
-    """load() on every rank: the first of each machine downloads and decodes, then the others."""
-    result, first = None, os.environ.get("LOCAL_RANK", "0") == "0"
-    for turn in (True, False):
-        result = agree(load if first == turn else lambda: result)
-    return result
+    """load() on the first rank of each machine, which may download; then on the others."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    early = agree(load if first else lambda: None)
+    late = agree(load if not first else lambda: None)
+    return early if first else late
 
 
 def highest(*numbers):
-    """The largest of each of these whole numbers over the ranks.  Hosts talk; no GPU waits."""
+    """The largest of each of these whole numbers over the ranks, by gloo: no GPU waits."""
     largest = torch.tensor([int(number) for number in numbers])
     if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -609,7 +628,8 @@ def run(options, folder=None, brief=False):
     emas = {str(length): copy.deepcopy(denoiser).requires_grad_(False) for length in options.ema}
     ema = emas[str(options.ema[0])]                       # the average that samples use
     if options.head != "none":
-        denoiser.requires_grad_(False).model.head.requires_grad_()
+        denoiser.requires_grad_(False)
+        denoiser.model.head.requires_grad_()
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, options.beta2),
                                   weight_decay=0.0, fused=True)
@@ -628,7 +648,7 @@ def run(options, folder=None, brief=False):
 
     # What a step needs.
     net = denoiser                                        # what the objective calls: same weights
-    if options.compile:                                   # for training alone: one graph, one mode
+    if options.compile:                                   # for training; the rest is not compiled
         net = Denoiser(torch.compile(denoiser.model), denoiser.precondition, amp)
     if world > 1:
         net = DistributedDataParallel(net)
@@ -647,12 +667,13 @@ def run(options, folder=None, brief=False):
     with Signals() as signals:
         for step in range(first, options.steps):
             # The gradient of the batch's mean loss, from this rank's share of the rows.
-            denoiser.train(options.head == "none")
+            denoiser.train(options.head == "none")          # beside a head, no dropout
             batch = draw_batch(pixels, labels, options, schedule, step)
             losses = torch.zeros(options.batch, device=device)
             for rows in parts:
                 torch.manual_seed(generator(options.seed + rows.start, step, 3).initial_seed())
-                with net.no_sync() if world > 1 and rows != parts[-1] else contextlib.nullcontext():
+                wait = world > 1 and rows != parts[-1]          # ranks add gradients once a step
+                with net.no_sync() if wait else contextlib.nullcontext():
                     loss = objective(options, net, batch.rows(rows), weight, denoiser.precondition,
                                      beta)
                     mean = loss.sum() / options.batch
@@ -660,8 +681,8 @@ def run(options, folder=None, brief=False):
                 losses[rows] = loss.detach()
             losses = total(losses)                                                # (B,)
 
-            # The update; none where loss or gradient is not finite.  The optimizer reads
-            # found_inf on the device, so that the host does not wait; fp16's scaler has its own.
+            # The update.  The optimizer skips it where found_inf is 1, which it reads on the
+            # device: the host does not wait.  fp16's scaler sets a found_inf of its own.
             optimizer.param_groups[0]["lr"] = learning_rate(options, step)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip)
@@ -669,16 +690,14 @@ def run(options, folder=None, brief=False):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            for length, average in emas.items():
-                torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()),
-                                     1 - ema_beta(float(length), options, step + 1))
+            update_averages(emas, denoiser, options, step + 1)
             if beta and step % 25 == 0:
                 update_beta(options, denoiser, batch, weight, beta, step)
             log.step(step + 1, losses, norm)
 
             # What is watched and kept.
             done = step + 1 == options.steps
-            stop, tell = highest(signals.got, log.due(step + 1))
+            stop, tell = highest(signals.got, log.wants_to_tell(step + 1))
             if tell:
                 log.flush()
 
@@ -763,13 +782,15 @@ def choose_threads(denoiser, options):
     the cores, so that the threads wait for each other."""
     x = torch.ones(options.batch, *options.shape)
     sigma, seconds = torch.ones(len(x), *[1] * len(options.shape)), {}
-    for threads in (torch.get_num_threads(), 1):
-        torch.set_num_threads(threads)                    # the first calls prepare their kernels
-        seconds[threads] = timeit.repeat(partial(denoiser, x, sigma), number=5, repeat=2)[1]
-    best = min(seconds, key=seconds.get)
-    torch.set_num_threads(best)
-    if best == 1:
-        print(f"threads   1, which is faster here than {max(seconds)}")
+    many = torch.get_num_threads()
+    for threads in (many, 1):
+        torch.set_num_threads(threads)
+        first, second = timeit.repeat(partial(denoiser, x, sigma), number=5, repeat=2)
+        seconds[threads] = second                         # the first calls prepare their kernels
+    if seconds[1] < seconds[many]:
+        print(f"threads   1, which is faster here than {many}")
+    else:
+        torch.set_num_threads(many)
 
 
 def memory_format(device):
@@ -830,7 +851,7 @@ def newest_run():
 
 
 def save(folder, options, improved, state):
-    """The checkpoint of this step, as best.pt, too, if it improved; drops old ones."""
+    """Writes the checkpoint, also as best.pt if the distance improved; removes old ones."""
     if ranks()[0] == 0:
         evaluate.whole(f"{folder}/checkpoint-{state['step']:07d}.pt", partial(torch.save, state))
         if improved:
@@ -873,9 +894,14 @@ class Log:
     def lines_up_to(self, step):
         """The log's lines up to a checkpoint: a killed run may have logged more steps."""
         lines = Path(self.path).read_text().splitlines() if os.path.isfile(self.path) else []
-        found = [(json.loads(line), line) for line in lines if line.endswith("}")]
-        return [line + "\n" for values, line in found if values["step"] <= step
-                and not ("report" in values and values["step"] == self.options.steps)]
+        kept = []
+        for line in lines:
+            if line.endswith("}"):                            # else a kill cut it off
+                values = json.loads(line)
+                again = "report" in values and values["step"] == self.options.steps
+                if values["step"] <= step and not again:      # the report is written again
+                    kept.append(line + "\n")
+        return kept
 
     def step(self, step, losses, norm):
         """losses (B,) and norm () on the device."""
@@ -883,7 +909,7 @@ class Log:
         if step == self.begin + 1:
             self.second = time.time()                     # when the second step begins
 
-    def due(self, step):
+    def wants_to_tell(self, step):
         """Whether this rank would like to read out what waits, after this step."""
         return time.time() - self.last > (1 if self.told.live else 15) or step == self.begin + 10
 
@@ -910,9 +936,9 @@ class Log:
             pace = (self.last - self.second) / timed
         days = pace * (self.options.steps - step) / 86_400
         if days > 1 and step == self.begin + 10:
-            print(f"warning   the run takes {days:.1f} days more at this rate; stop it with "
-                  "Ctrl-C, and choose fewer --steps, a smaller --arch or --width, or a GPU",
-                  flush=True)
+            print(f"warning   the run takes {days:.1f} days more at this rate; to shorten "
+                  "it, press Ctrl-C and choose fewer --steps, a smaller --arch or --width, or a "
+                  "GPU", flush=True)
         self.told(step, f", loss {self.mean or math.nan:.4f}, {self.options.batch / pace:.0f} "
                   f"samples/s, {self.skipped[0]} steps skipped")
 
@@ -989,7 +1015,7 @@ def memory_needed(options):
 def activation_bytes(options):
     """Bytes that a forward pass keeps for the backward pass, for one sample: an estimate.
 
-    Such a network without data (on torch's device "meta") tells which tensors autograd saves.
+    A network on torch's device "meta", without data, tells which tensors autograd saves.
     """
     with torch.device("meta"):
         network, x = evaluate.build_denoiser(options), torch.empty(1, *options.shape)
@@ -1001,8 +1027,8 @@ def activation_bytes(options):
         return x
     with torch.autograd.graph.saved_tensors_hooks(note, note):
         network(x, sigma)
-    half = 0.8 if options.amp in ("bf16", "fp16") else 1      # GroupNorm keeps float32
-    return half * sum(size for key, size in sizes.items() if key not in own)
+    share = 0.8 if options.amp in ("bf16", "fp16") else 1     # GroupNorm keeps float32
+    return share * sum(size for key, size in sizes.items() if key not in own)
 
 
 def report(folder, options, data, denoiser, ema, log, seconds):
@@ -1051,7 +1077,7 @@ def default_text(field):
         return str(field.default).lower()
     shown = [f"{kind} {','.join(map(str, v)) if isinstance(v, tuple) else v}"
              for kind, v in own.items()]
-    return "; ".join(shown)
+    return "; ".join(shown).replace("True", "true").replace("False", "false")
 
 
 def parser():
@@ -1064,8 +1090,8 @@ examples:
   python train.py --data photos/ --size 64 --cond
   python train.py --loss sa --schedule ddpm --K 3
   torchrun --nproc-per-node 8 train.py --preset cifar10-edm-vp""")
-    p.add_argument("--preset", choices=PRESETS, metavar="NAME", help="a paper's run, one of "
-                   f"{', '.join(PRESETS)}; options beside it override its own")
+    p.add_argument("--preset", choices=PRESETS, metavar="NAME", help="mnist, or a paper's run: "
+                   f"{', '.join(list(PRESETS)[1:])}; options beside it override its own")
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    "with the newest run")
     for name, field in CHOSEN.items():

@@ -66,7 +66,7 @@ def denoise(args):
         scaled = x / (1 + (sigma / 0.5) ** 2).sqrt()           # as the paper does, to be seen
         two = torch.stack([scaled, best, network], 1)[:2].flatten(0, 1)
         panels.append((f"sigma {sigma:g}", two))
-    plot.show(args, f"How far denoised images are from the clean image: {options.data}", rows,
+    plot.show(args, f"Distances of denoised images: {options.data}", rows,
               dict(y={"ideal - x0": "ideal denoiser to the clean image",
                       "ideal - mean": "ideal denoiser to the data's mean",
                       "net - ideal": "trained network to the ideal denoiser"}),

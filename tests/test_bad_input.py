@@ -104,7 +104,7 @@ OPTIONS = {                    # beside those of IMAGES: a part of the sentence
     "--out images": "images is not empty",
     "--out images.npz": "choose another --out", "--init nowhere": "nowhere",
     "--head sn": "--head needs --init",
-    "--head sn --init images --weight debias": "--weight and --ref-batch: the head has a loss",
+    "--head sn --init images --weight debias": "--weight and --ref-batch: a head has its own",
     "--loss dsm --K 3": "--K belongs to --loss sa",
     "--order 1": "--order belongs to --loss taylor",
     "--schedule ddpm --P-mean 0": "--P-mean belongs to --schedule edm",

@@ -117,6 +117,9 @@ def test_a_large_set_costs_no_more_than_the_rows_of_a_batch(monkeypatch):
     assert abs(first.mean() / 150_000 - 1) < 0.1 and len(torch.cat([first, other]).unique()) > 1900
     plain = train.draw_batch(pixels, None, dataclasses.replace(options, loss="dsm"), EDM(), 3)
     assert torch.equal(plain.x0[:, 0], first[:len(plain.x0)])
+    most = dataclasses.replace(options, ref_batch=250_000)
+    most = train.draw_batch(pixels, None, most, EDM(), 3).reference[:, 0]
+    assert torch.equal(most[:1000], first) and len(most.unique()) == 250_000
 
 
 def test_a_batch_larger_than_the_set_still_has_its_sources():
@@ -343,6 +346,14 @@ def test_half_life_counts_images_and_ramps_up():
     assert train.ema_beta(100, options, 10 ** 6) ** 10 == pytest.approx(0.5)     # 100 images
     for step in (1, 7, 199):                                # at most a 20th of the images seen
         assert train.ema_beta(100, options, step) == pytest.approx(0.5 ** (20 / step))
+
+
+def test_averages_hold_no_graph_of_the_steps_before():
+    """Which would grow with each step, until memory is full."""
+    network = torch.nn.Linear(2, 1)
+    average = torch.nn.Linear(2, 1).requires_grad_(False)
+    train.update_averages({"100": average}, network, Options(batch=10), 5)
+    assert average.weight.grad_fn is None and not average.weight.requires_grad
 
 
 def test_a_run_keeps_averages_of_several_half_lives_and_samples_use_the_first():
