@@ -16,7 +16,6 @@ import re
 import socket
 import sys
 import tarfile
-import textwrap
 import time
 import warnings
 import zipfile
@@ -48,10 +47,13 @@ def attempt(what, cure, call, *args, **kwargs):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")        # warnings would be more than one sentence
             return call(*args, **kwargs)
-    except (BadInput, MemoryError):
+    except BadInput:
         raise
+    except MemoryError as error:
+        raise BadInput(f"{what} needs more memory than there is; choose a smaller --size, or less "
+                       "data") from error
     except Exception as error:      # on damaged files zlib, PIL and numpy raise nearly every type
-        why = textwrap.shorten(str(error), 400, placeholder=" ..") or type(error).__name__
+        why = " ".join(str(error).split())[:400] or type(error).__name__
         raise BadInput(f"cannot use {what}: {why}; {cure}") from error
 
 
@@ -88,21 +90,25 @@ class Progress:
 
     def __init__(self, what, total, begin=0):
         self.what, self.total, self.begin, self.live = what, total, begin, sys.stderr.isatty()
-        self.start = time.time()
+        self.start, self.open = time.time(), False           # open: a line that will be rewritten
         self.due = self.start + (0.5 if self.live else 5)
 
     def __call__(self, done, more=""):
-        now, shown = time.time(), self.due > self.start + 0.5
-        end = self.live and shown and done >= self.total
-        if ranks()[0] > 0 or (now < self.due and not end):
+        now, last = time.time(), done >= self.total
+        if ranks()[0] > 0 or (now < self.due and not (last and self.open)):
             return
         self.due = now + (0.5 if self.live else 15)
         left = int((now - self.start) / max(done - self.begin, 1) * max(self.total - done, 0))
         text = f"{self.what}: {done:,} of {self.total:,}{more}, {left // 60}:{left % 60:02d} left"
-        if self.live:
-            print(f"\r{text:<79}", end="\n" if end else "", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self.open = self.live and not last
+        print(f"\r{text:<79}" if self.live else text, end="" if self.open else "\n",
+              file=sys.stderr, flush=True)
+
+    def end_line(self):
+        """Before something else is printed."""
+        if self.open:
+            print(file=sys.stderr)
+        self.open = False
 
 
 def progress(what, items):
@@ -677,10 +683,11 @@ def drawn(denoiser, options, seeds, sampler="heun", steps=18, labels=None, sched
     if labels is None:
         labels = draw_labels(seeds, options)
     else:
-        labels, classes = torch.as_tensor(labels).cpu(), range(len(options.classes))
-        if labels.shape != (len(seeds),) or not set(labels.tolist()) <= set(classes):
-            raise BadInput(f"labels must be {len(seeds)} class numbers, one for each seed, of "
-                           f"{list(classes)}; leave them out where the run has no classes")
+        labels = attempt("labels", "give class numbers", torch.as_tensor, labels).cpu()
+        count = len(options.classes)
+        if labels.shape != (len(seeds),) or not set(labels.tolist()) <= set(range(count)):
+            raise BadInput(f"labels must be {len(seeds)} class numbers, one for each seed, below "
+                           f"{count}; leave them out where the run has no classes")
     D = denoiser if guide == 1 else samplers.guidance(denoiser, denoiser, guide)
     for i in progress("drawing samples, batch", range(0, len(seeds), batch)):
         own = () if labels is None else (labels[i:i + batch].to(options.device),)
@@ -834,7 +841,8 @@ def save_pictures(path, panels, names=()):
     names: one for each row of images, as of its class; a panel then has len(names) equal rows.
     All panels of points have one scale: the one at which the first panel's points fit.
     """
-    panels = [(text, to_uint8(torch.as_tensor(x))) for text, x in panels]
+    panels = [(text, to_uint8(x if torch.is_tensor(x) else torch.from_numpy(np.array(x))))
+              for text, x in panels]
     limit = 1.1 * np.abs(panels[0][1]).max() or 1.0            # all points may be 0
     parts = [(text, panel(x, len(x) // len(names) if names else None, limit)) for text, x in panels]
     gap, top, font = 16, 28, ImageFont.load_default(size=16)

@@ -320,7 +320,7 @@ def ddim(denoise, x, sigma, noise=None, eta=0.0, covariance=None, cap=None, call
 
 
 def ddpm(denoise, x, sigma, noise, variance="beta_tilde", cap=None, callback=None):
-    """Ancestral sampling (DDPM Algorithm 2, SA Algorithm 1): DDIM with eta = 1.  NFE = N.
+    """Ancestral sampling (DDPM Algorithm 2): DDIM with eta = 1.  NFE = N.
 
         x <- D + (b/a)^2 (x - D) + sqrt(v) noise         from sigma_i = a to sigma_{i+1} = b
         v = beta_tilde = (b/a)^2 (a^2 - b^2)             exact for data that are a single point

@@ -159,8 +159,8 @@ class Options:
 
 CHOSEN = {field.name: field for field in dataclasses.fields(Options) if field.metadata}
 MAY_CHANGE = ("data", "data_dir", "steps", "device", "compile", "micro_batch", "eval_every",
-              "fid_every", "sample_every", "sample_steps", "checkpoint_every",
-              "keep")                                                              # in --resume
+              "fid_every", "fid_num", "fid_features", "sample_every", "sample_steps",
+              "checkpoint_every", "keep")                                          # in --resume
 
 KINDS = {     # the defaults that depend on the kind of data, and for images on the machine
     "digits": dict(holdout=0, cond=True, ref_batch=1024, schedule="edm", P_mean=-0.5, P_std=1.0,
@@ -721,8 +721,8 @@ def run(options, folder=None, brief=False):
                     beta=beta.sums if beta else None, skipped=log.skipped)))
             if due(options.fid_every):
                 log.write(step + 1, **{name: distance}, floor=real["floor"])
-                print(f"distance  {name} {distance:.4g} at step {step + 1}, floor "
-                      f"{real['floor']:.4g}", flush=True)
+                log.told.end_line()
+                print(f"distance  {name} {distance:.4g} at step {step + 1}", flush=True)
             if due(options.sample_every) and not done and rank == 0:
                 save_samples(folder, step + 1, denoiser, ema, options, data)
             if stop:
@@ -756,7 +756,9 @@ def load_state(options, folder, denoiser, emas, optimizer, scaler, beta):
         if state["step"] > options.steps or (state["step"] == options.steps and reported):
             raise BadInput(f"{folder} has taken {state['step']} steps; to go on, give "
                            "--steps a larger number")
-        return state["step"], state["skipped"], state["best"]
+        before = state["options"]["fid_num"], state["options"]["fid_features"]
+        same = before == (options.fid_num, options.fid_features)     # else distances do not compare
+        return state["step"], state["skipped"], state["best"] if same else math.inf
     if options.init:
         state = evaluate.load_checkpoint(options.init)
         classes, weights = state["options"]["classes"], next(iter(state["ema"].values()))
@@ -948,7 +950,7 @@ class Log:
         self.line(step=step, **values)
 
     def line(self, **values):
-        values = {name: v for name, v in values.items() if v == v}       # JSON has no NaN
+        values = {name: v for name, v in values.items() if v == v}       # a floor may be NaN
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -979,7 +981,9 @@ def describe(options, data, denoiser, folder, first, memory):
     world, size = ranks()[1], sum(p.numel() for p in denoiser.parameters())
     loss = options.loss if options.head == "none" else f"of the head {options.head} alone"
     weight = "" if options.weight == "schedule" else f", weight {options.weight}"
-    untold = "" if options.cond or not data.classes else "; --cond would tell the network the class"
+    untold = ""
+    if data.classes and not options.cond and not options.init and first == 0:
+        untold = "; --cond would tell the network the class"
     print(f"data      {data.source}{untold}\n"
           f"network   {options.arch}, {size / 1e6:.2f} M parameters\n"
           f"loss      {loss}, schedule {options.schedule}{weight}, {options.steps} steps of "
@@ -1099,6 +1103,7 @@ examples:
         if "(default" not in text:
             text += f" (default: {default_text(field)})"
         how = dict(type=numbers if field.type is tuple else field.type,
+                   metavar={int: "N", float: "X", tuple: "N,.."}.get(field.type),
                    choices=field.metadata["choices"])
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)

@@ -156,7 +156,7 @@ def mse(args):
 
 
 def onestep(args):
-    """One-step estimates x0_hat of five weights, and the error of their colour (DB figures 3, 12).
+    """One-step estimates x0_hat of five weights, and the error of their colour (DB figure 3).
 
     x0_hat is D(x0 + sigma eps; sigma).  The posterior mean over the training set shows how much of
     the colour x tells at large t; at small t it is the nearest image of that set.  A second picture
@@ -183,8 +183,8 @@ COMMANDS = {
     "weights": (weights, {}, ()),
     "table": (table, dict(weights=NAMES, T=(2, 5, 10, 20, 50, 100), early=20, sampler="ddpm",
                           seeds=2), plot.options_but("weight")),
-    "mse": (mse, dict(runs=[], num=64), plot.options_but("weight")),
-    "onestep": (onestep, dict(runs=[], num=64), plot.options_but("weight")),
+    "mse": (mse, dict(runs=[], num=64), plot.options_but("weight", "fid_num")),
+    "onestep": (onestep, dict(runs=[], num=64), plot.options_but("weight", "fid_num")),
     "targets": (targets, dict(targets=("eps", "x0", "v"), T=(10, 100), seeds=2,
                               weights=("constant", "inverse-snr", "debias")),
                 plot.options_but("weight", "precondition"))}

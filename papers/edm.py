@@ -164,10 +164,11 @@ def trajectories(args):
 def churn(args):
     """Stochastic sampling with its limits on and off, beside deterministic: EDM figure 4.
 
-    Where S_tmin <= sigma <= S_tmax, a step first adds noise, S_noise times what raises sigma by the
-    share gamma = min(S_churn/N, sqrt(2) - 1).  all: limits and S_noise as given; interval: S_noise
-    = 1; S_noise: no limits; neither: no limits, S_noise = 1.  Beside them Heun's method, without
-    noise, and Euler-Maruyama (SDE), at the same NFE.  5 minutes on one core, and the runs.
+    Where S_tmin <= sigma <= S_tmax, a step first raises sigma by the share gamma =
+    min(S_churn/N, sqrt(2) - 1), with noise times S_noise.  all: limits and S_noise as given;
+    interval: S_noise = 1; S_noise: no limits; neither: no limits, S_noise = 1.  Beside them Heun's
+    method, without noise, and Euler-Maruyama (SDE), at the same NFE.  5 minutes on one core, and
+    the runs.
     """
     (runs, judge), rows, panels = shared_runs(args), [], []
     interval, S_noise = dict(S_tmin=args.S_tmin, S_tmax=args.S_tmax), dict(S_noise=args.S_noise)
@@ -290,17 +291,17 @@ def loss(args):
               dict(y=["density"], ylabel="density of ln sigma in training"), yscale="linear")
 
 
-ALL = plot.options_but()
+ALL, UNJUDGED = plot.options_but(), plot.options_but("fid_num")
 COMMANDS = {
     "denoise": (denoise, dict(run=None, num=64, levels=[0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0,
-                                                        20.0, 50.0]), ALL),
+                                                        20.0, 50.0]), UNJUDGED),
     "solvers": (solvers, dict(runs=[], N=[6, 10, 18, 32], rtol=[0.1, 0.01, 0.0001]), ALL),
     "trajectories": (trajectories, {}, ()),
     "churn": (churn, dict(runs=[], N=[8, 32], S_churn=[3.0, 10.0], S_tmin=0.05, S_tmax=1.0,
                           S_noise=1.003), ALL),
     "configs": (configs, dict(seeds=2), ALL),
     "truncation": (truncation, dict(runs=[], num=16, N=18, rho=[1.0, 3.0, 7.0, 10.0]), ALL),
-    "loss": (loss, dict(run=None, num=256), ALL)}
+    "loss": (loss, dict(run=None, num=256), UNJUDGED)}
 
 if __name__ == "__main__":
     sys.exit(plot.main("edm", COMMANDS))

@@ -155,7 +155,7 @@ class Judge:
             distances.append(evaluate.run_distance(
                 counted, options, range(self.num), self.features, self.real, sampler=sampler,
                 steps=steps, **how))
-            calls.append(counted.rows / self.num)
+            calls.append(evaluate.total(torch.tensor(float(counted.rows))).item() / self.num)
         return *mean_and_sd(distances), mean_and_sd(calls)[0]
 
     def cells(self, runs, sampler, steps, **how):

@@ -62,7 +62,7 @@ def ways(args, folders, name):
 
 
 def table(args):
-    """Distances of samples after dsm and SA-2, -3, -4, by sampler and steps T (SA tables 1-4).
+    """Distances of samples after dsm and SA-2, -3, -4, by sampler and steps T (SA tables 1, 3).
 
     The samplers analytic, sn and npr are ddpm with another variance: Analytic-DPM's, SN-DPM's and
     NPR-DPM's, whose second heads are trained afterwards in --head steps.  20 minutes on two cores.
@@ -108,7 +108,7 @@ def estimation_gap(denoise, x0, ladder, noise):
 
     x_i are ancestral sampling's own states from x_T = x0 + sigma_T noise().  d_1 is the x_1 of the
     true reverse process, which knows x0, less the model's from the same noise, in DDPM's frame.
-    The gap at x_t is d_t carried back to there: each step from i shrinks it by
+    d_t is the gap as it will be at x_1.  At x_t it is larger: a step from i shrinks it by
     (sigma_{i-1}/sigma_i)^2.
 
     ladder (T,), noise() -> (B, ...).  Returns (T - 1, 3), t = T-1 ... 1: the gap's mean at x_t over
@@ -179,7 +179,7 @@ def gaussian_factor(levels, K, lam, path):
 
 
 def tau(args):
-    """Theorem 1's factors tau, and how independent noises bias SA-K's minimiser (SA Theorem 1).
+    """Theorem 1's factors tau, and how noises bias SA-K's minimiser (SA Theorem 1).
 
     Left: tau, by which an error of eps_hat at t moves the sample at the end.  Right: the noise that
     SA-K's minimiser predicts on data N(0, 1), with tau = 1, over the best prediction.  Seconds.
@@ -197,12 +197,13 @@ def tau(args):
                    ylabel="predicted noise/best prediction"), xscale="log")
 
 
-PASSED = plot.options_but("loss", "K", "lam", "order", "P_mean", "P_std")
+SET = "loss", "K", "lam", "order", "P_mean", "P_std"
+PASSED = plot.options_but(*SET)
 COMMANDS = {
     "table": (table, dict(samplers=("ddpm", "ddim", "analytic", "sn", "npr"), T=(10, 20, 50, 100),
                           head=150, seeds=2), PASSED),
     "ablation": (ablation, dict(K=(2, 3, 4), lam=(0.2, 0.3, 1.0), T=(10, 50), seeds=2), PASSED),
-    "gap": (gap, dict(runs=[], num=64, start=300), PASSED),
+    "gap": (gap, dict(runs=[], num=64, start=300), plot.options_but(*SET, "fid_num")),
     "tau": (tau, {}, ())}
 
 if __name__ == "__main__":

@@ -82,9 +82,9 @@ def variance(args):
         V = E_x Tr Cov(target | x) of targets for D;  V/sigma^2: of noise;  V/sigma^4: of scores
 
     Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),  where D(sigma) =
-    E_x D_f measures how far p(x0 | x) is from the data's law.  In phase 1 p(x0 | x) has less than a
-    tenth of the data's variance, in phase 3 more than nine tenths.  The data are --num rows; for
-    two Gaussians V takes their true law, and D the rows: of that law D is infinite up to sigma =
+    E_x D_f measures how far p(x0 | x) is from the data's law.  Phase 1 is here where p(x0 | x) has
+    less than a tenth of the data's variance, phase 3 where more than nine tenths.  The data are
+    --num rows; but for two Gaussians V is that of their true law, whose D is infinite up to sigma =
     sqrt(3) 0.14.  Half a minute.
     """
     levels, n = torch.tensor(sorted(args.levels), dtype=torch.float64), args.n[-1]
@@ -304,7 +304,7 @@ COMMANDS = {
     "table": (table, dict(schedules=["ve", "vp", "edm"], n=1024, seeds=2, rtol=1e-3, pc=50, ddim=50,
                           heun=18), plot.options_but("loss", "schedule", "ref_batch")),
     "speed": (speed, dict(n=[64, 256, 1024, 4096], seeds=2),
-              plot.options_but("loss", "ref_batch"))}
+              plot.options_but("loss", "ref_batch", "fid_num"))}
 
 if __name__ == "__main__":
     sys.exit(plot.main("stf", COMMANDS))

@@ -26,7 +26,7 @@ ACTIVATIONS = dict(silu=torch.nn.functional.silu, tanh=torch.tanh, relu=torch.re
 # ---- Gradients of shares -------------------------------------------------------------------------
 
 def draw_shares(net, pool, num, m, n, g):
-    """Batches of `copies` shares, num or more in all.  A share is what is behind one gradient: m
+    """Batches of `copies` shares, num or more in all.  One gradient comes from one share: m
     samples and n >= m references, the first of which are the samples.
 
     Yields x0, noise, probe (m copies, ...), all first samples first, reference (n, copies, ...).
@@ -253,7 +253,8 @@ def converge(args):
         E|D - E[x0 | x]|^2 over that of a fresh network, whose D is c_skip x
 
     An MLP on a ring of 8 Gaussians.  Twice the batch, antithetic pairs and a control of order 0
-    cost two evaluations of the network for each sample, order 1 about five.  About 2 minutes.
+    cost two evaluations of the network for each sample; order 1 takes about five times DSM's time.
+    About 2 minutes.
     """
     pool, marks = points(), sorted({max(1, args.training * k // 20) for k in range(1, 21)})
     seeds, rows = range(args.seed, args.seed + args.seeds), []

@@ -11,6 +11,7 @@ import shutil
 import socket
 import struct
 import time
+import zipfile
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -148,9 +149,11 @@ def test_zip_in_edm_layout():
     files["dataset.json"] = json.dumps({"labels": labels}).encode()
     around = {f"top/{name}": content for name, content in files.items()}
     back = {name.replace("/", "\\"): content for name, content in around.items()}
-    dot = {f"./{name}": content for name, content in around.items()}
+    with zipfile.ZipFile("dot.zip", "w") as dot:
+        for name, content in around.items():
+            dot.writestr(f"./{name}", content)
     for path in (write("set-5x5.zip", files), write("unpacked", files), write("inside", around),
-                 write("back.zip", back), write("dot.zip", dot)):
+                 write("back.zip", back), "dot.zip"):
         data = load_data(path)
         assert (data.x == channels_first(x)).all() and data.labels.tolist() == [2, 1, 0, 1]
         assert data.classes == ["0", "2", "4"]

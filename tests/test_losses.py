@@ -291,7 +291,7 @@ def test_stf_theorem_2_far_field_variance_falls_as_1_over_n():
 
 
 def test_stf_theorem_2_bound_holds():
-    """V_STF <= (V_DSM + sigma^2 sqrt(3 d) sqrt(E_x D_f(p0 | p(.|x))))/(n - 1), as D's variances.
+    """V_STF <= (V_DSM + sigma^2 sqrt(3) d sqrt(E_x D_f(p0 | p(.|x))))/(n - 1), as D's variances.
 
     D_f = E_{p(x0|x)} f(p0/p(x0|x)),  f(y) = (1/y - 1)^2 for y < 1.5, 8y/27 - 1/3 from there on.
     """
@@ -301,7 +301,7 @@ def test_stf_theorem_2_bound_holds():
         near = 64 * p > 1 / 1.5                                             # y = 1/(64 p) < 1.5
         p_f = torch.where(near, p * (64 * p - 1) ** 2, 8 / 27 / 64 - p / 3)       # p f(y)
         D_f = p_f.sum(1).mean()
-        bound = (dsm.mean() + sigma ** 2 * (3 * 2 * D_f) ** 0.5) / 15
+        bound = (dsm.mean() + sigma ** 2 * 3 ** 0.5 * 2 * D_f ** 0.5) / 15
         assert 0 < stf.mean() < bound
         if sigma <= 0.5:
             assert stf.mean() > 1.3 * dsm.mean() / 15           # so the second term is needed

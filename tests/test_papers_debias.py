@@ -127,7 +127,9 @@ def test_commands_share_the_runs_that_they_compare(folder, capsys, monkeypatch):
     assert len(runs()) == 2 and len(table) == 38
     call("table", folder, weights=("constant", "debias"), T=(2,), seeds=1)
     assert len(runs()) == 2
-    call("targets", folder, targets=("eps", "v"), weights=("constant", "debias"), T=(2,), seeds=1)
+    rows = call("targets", folder, targets=("eps", "v"), weights=("constant", "debias"), T=(2,),
+                seeds=1)
+    assert all(row["eps, T = 2"] != row["v, T = 2"] for row in rows)
     assert sorted((o["precondition"], o["weight"]) for o in runs()) == [
         ("schedule", "constant"), ("schedule", "debias"), ("v", "constant"), ("v", "debias")]
     folders = [o["out"] for o in runs() if o["precondition"] == "v"]

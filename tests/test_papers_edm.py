@@ -110,6 +110,7 @@ def test_every_solver_reaches_the_floor_and_eulers_method_last(exact):
                                               "Euler, EDM")) < limit
     assert np.nanmax(found["rk45, VP"]) < limit < found["Heun, EDM"][few]
     assert found["Euler, VP"][few] > found["Euler, VP"][many]
+    assert found["Heun, VP"][few] != found["Heun, VP at EDM's steps"][few]
     assert found["Heun, EDM"][many] < found["Euler, VP"][many]
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +153,9 @@ def test_variance_of_the_two_gaussians_law(tmp_path):
         first = float(row["1/(n - 1)"])
         assert first == pytest.approx(1 / 15) and float(row["n = 16"]) < float(row["bound"])
         assert float(row["bound"]) > first
+    forms = [[float(row[f"V of {of}"]) / float(row["V_DSM"]) * float(row["sigma"]) ** power
+              for row in rows] for of, power in (("D", 0), ("noise", 2), ("scores", 4))]
+    assert forms == [pytest.approx([form[0]] * 4, rel=1e-4) for form in forms]
 
 
 def test_variance_of_a_finite_set_vanishes_where_x_tells_the_row(tmp_path, folder):
@@ -184,8 +188,12 @@ def test_table(tmp_path, monkeypatch):
         "pc 6", "pc 6", "ddim 3", "heun 5"]
     assert all(row["DSM"] != row["STF"] and float(row["STF"]) > float(row["floor"])
                for row in rows)
+    run, = tmp_path.glob("plots/runs/ring-dsm-edm-*")
+    judge = plot.Judge(SimpleNamespace(options=dict(fid_num=16)), str(run))
+    assert float(rows[-1]["DSM"]) == pytest.approx(judge([str(run)], "heun", 3)[0], rel=1e-4)
     monkeypatch.setattr("train.run", None)
     assert command(tmp_path, "table", *argv) == rows
+    assert command(tmp_path, "table", *argv, "--fid-num", 20)[0]["DSM"] != rows[0]["DSM"]
 
 
 def test_speed(tmp_path, monkeypatch):

@@ -216,9 +216,15 @@ def test_converge_optimizers_and_grid(tmp_path):
     assert [row["step"] for row in rows] == ["1", "2"]
     assert 0 < float(rows[1]["SGD order 0"]) < 1 and 0 < float(rows[1]["Adam's step order 1"]) < 1
     assert rows[1]["Adam order 0"] != rows[1]["Adam's step order 0"]
+    assert rows[1]["Adam order 0"] != rows[1]["SGD order 0"]
     rows = command(tmp_path, "grid", "grid", "--training", "1", "--num", "5", "--width", "4",
                    "--depth", "1", "2")
     assert [row["activation"] for row in rows] == ["silu"] * 2 + ["tanh"] * 2 + ["relu"] * 2
     first, second = 4 * (2 + 4) + 4 + (2 * 4 + 2), 4 * 4 + 4          # of layers and output; more
     assert [row["parameters"] for row in rows[2:4]] == [str(first), str(first + second)]
     assert 0 < float(rows[3]["order 0"]) < 1
+    g = torch.Generator().manual_seed(0)
+    net = taylor.fitted(taylor.mlp(0, 4, 2, "tanh"), taylor.points(), 1, g)
+    left = taylor.average_left(net, taylor.points(), 5, g)
+    assert [float(rows[3][name]) for name in taylor.ORDERS] == pytest.approx(
+        [left[name] for name in taylor.ORDERS], rel=1e-4)

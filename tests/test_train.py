@@ -108,18 +108,18 @@ def test_a_large_set_costs_no_more_than_the_rows_of_a_batch(monkeypatch):
 
     The sources do not depend on the number of references.
     """
-    pixels = torch.arange(300_000.0)[:, None]
+    pixels = torch.arange(100_001.0)[:, None]
     monkeypatch.setattr(torch, "randperm", None)
-    options = Options(**BATCH | dict(cond=False, ref_batch=1000))
+    options = Options(**BATCH | dict(cond=False, ref_batch=20_000))
     first, again, other = (train.draw_batch(pixels, None, options, EDM(), step).reference[:, 0]
                            for step in (3, 3, 4))
-    assert torch.equal(first, again) and len(first.unique()) == 1000
-    assert abs(first.mean() / 150_000 - 1) < 0.1 and len(torch.cat([first, other]).unique()) > 1900
+    assert torch.equal(first, again) and len(first.unique()) == 20_000
+    assert abs(first.mean() / 50_000 - 1) < 0.1 and len(torch.cat([first, other]).unique()) > 30_000
     plain = train.draw_batch(pixels, None, dataclasses.replace(options, loss="dsm"), EDM(), 3)
     assert torch.equal(plain.x0[:, 0], first[:len(plain.x0)])
-    most = dataclasses.replace(options, ref_batch=250_000)
+    most = dataclasses.replace(options, ref_batch=90_000)
     most = train.draw_batch(pixels, None, most, EDM(), 3).reference[:, 0]
-    assert torch.equal(most[:1000], first) and len(most.unique()) == 250_000
+    assert torch.equal(most[:20_000], first) and len(most.unique()) == 90_000
 
 
 def test_a_batch_larger_than_the_set_still_has_its_sources():
@@ -127,6 +127,13 @@ def test_a_batch_larger_than_the_set_still_has_its_sources():
     options = train.resolve(Options(**given), evaluate.load_data("images.npz"))
     batch = draw(batch=64, ref_batch=options.ref_batch)
     assert torch.equal(evaluate.to_float(batch.reference), batch.x0) and len(batch.x0) == 64
+
+
+def test_references_are_all_rows_where_there_are_few_and_never_fewer_than_the_batch():
+    assert len(draw(ref_batch=1000).reference.unique(dim=0)) == 40
+    assert len(draw(batch=16, ref_batch=1).reference) == 16
+    few = Options(**TINY | dict(loss="dsm", ref_batch=1))                  # dsm has none
+    assert train.resolve(few, evaluate.load_data("images.npz")).ref_batch == 1
 
 
 def test_a_file_of_the_name_of_a_built_in_set_is_trained_on_as_any_other():
@@ -346,6 +353,16 @@ def test_half_life_counts_images_and_ramps_up():
     assert train.ema_beta(100, options, 10 ** 6) ** 10 == pytest.approx(0.5)     # 100 images
     for step in (1, 7, 199):                                # at most a 20th of the images seen
         assert train.ema_beta(100, options, step) == pytest.approx(0.5 ** (20 / step))
+
+
+def test_the_best_distance_is_forgotten_where_the_next_ones_do_not_compare():
+    """More samples give a smaller distance.  Where there is no floor, the log has none."""
+    folder = trained(kind=TINY, steps=1, fid_every=1, fid_num=39, fid_features="pixels")
+    train.run(train.resumed(folder, dict(steps=2, fid_num=3)), folder, brief=True)
+    many, few = log(folder, "frechet_pixels_39")[0], log(folder, "frechet_pixels_3")[0]
+    assert many["frechet_pixels_39"] < few["frechet_pixels_3"]
+    assert evaluate.load_checkpoint(folder)["best"] == few["frechet_pixels_3"]
+    assert "floor" in few and "floor" not in many
 
 
 def test_averages_hold_no_graph_of_the_steps_before():
