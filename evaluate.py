@@ -69,7 +69,7 @@ def status(program, command, cure):
         command()
         return 0
     except (BadInput, OSError, FloatingPointError) as error:
-        if ranks()[0] == 0 or not isinstance(error, BadInput):     # which all ranks have
+        if ranks()[0] == 0 or not isinstance(error, BadInput):     # of all ranks one tells
             print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:   # torch has no one type for all devices
@@ -105,7 +105,7 @@ class Progress:
               file=sys.stderr, flush=True)
 
     def end_line(self):
-        """Before something else is printed."""
+        """Ends the line on a terminal, so that another text can follow."""
         if self.open:
             print(file=sys.stderr)
         self.open = False
@@ -427,7 +427,7 @@ def download(name, folder, other=""):
     """The path of one of DOWNLOADS in a folder; downloaded, if it is not there.
 
     torch.hub gives the file its name when it is complete and its sha256 is right.  other: what else
-    a person can do where that fails.
+    a person can do where the download fails.
     """
     path, (place, sha256) = Path(folder, name), DOWNLOADS[name]
     if not path.is_file():
@@ -861,7 +861,7 @@ def save_pictures(path, panels, names=()):
 
 
 def save_gif(path, frames, columns):
-    """A GIF of a sampler's states x (n, ...), scaled to the last one's contrast; it stays there."""
+    """A GIF of a sampler's states x (n, ...), each with the contrast of the last, which stays."""
     pages, limit = [], 1.1 * frames[-1].abs().max().item()
     for x in frames:
         x = to_uint8(x * (frames[-1].std() / x.std()))

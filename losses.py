@@ -323,7 +323,7 @@ def taylor_terms(denoise, x0, noise, sigma, weight, precondition, order=0, probe
     keeps its mean for every network, order, beta and sigma.  Order 0 does nearly all the work, at
     sigma well below the data's own scale; order 1 gains a constant factor, order 2 hardly anything.
 
-    precondition: sigma -> c_skip, ..., that of D.  D is called once, on 2 B rows.
+    precondition: D's, sigma -> c_skip, ...; c_skip alone is used.  D is called once, on 2 B rows.
     Orders 1 and 2 add a backward pass through D for each product in taylor_control, and order 2 one
     through such a pass; D's attention must have second derivatives then
     (torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
@@ -345,10 +345,10 @@ class RunningBeta:
 
     g_loss and g_control are per-sample gradients of a few parameters; those of the last layer are
     a good proxy for all.  beta must come from past batches: one from the same batch adds bias.
-    Each bin of ln sigma keeps running sums of both and of n, the number of samples; each new sample
-    multiplies the old sums by `decay`.  beta is (n measured + 4 guess)/(n + 4), clamped to
-    [0, 1.2], of sigma's shape.  The guess is 1/(1 + (sigma/scale)^1.3), where scale is about twice
-    the smallest local spread of the data, here that of the ring.
+    Each bin of ln sigma keeps running sums of these two products and of n, the number of samples;
+    each new sample multiplies the old sums by `decay`.  beta is (n measured + 4 guess)/(n + 4),
+    clamped to [0, 1.2], of sigma's shape.  The guess is 1/(1 + (sigma/scale)^1.3), where scale is
+    about twice the smallest local spread of the data, by default of the built-in ring.
     All state is one tensor, sums (3, bins).  Needs: nothing.
     """
 

@@ -40,7 +40,7 @@ def record(x, finite, callback):
 def checked(x, finite, sigma):
     """x, if it was finite after every step; otherwise FloatingPointError says since which.
 
-    finite: N 0-d bools, sigma (N + 1,).  It waits for the device, once.
+    finite: N 0-d bools, sigma (N + 1,).  The function waits for the device, once.
     Needs: nothing.
     """
     finite = torch.stack(finite).tolist() if finite else []
@@ -410,7 +410,7 @@ def snr_step(score, z, snr, alpha):
 
     Published code takes the batch's mean norms, so that samples depend on each other.  The norms of
     one sample depend on x and z, so small Langevin steps keep another law than the score's: for
-    N(0, s^2 I) one of (1 + 2/d)^2 times the variance in d dimensions.  That is negligible for
+    N(0, s^2 I) a law of (1 + 2/d)^2 times the variance in d dimensions.  That is negligible for
     images, and fatal in few dimensions, where |score| can be near 0.
     score, z (B, ...), alpha 0-d -> (B, 1, ..., 1).  Needs: nothing.
     """

@@ -372,12 +372,12 @@ def generator(seed, step, stream, device="cpu"):
 
 
 def draw_rows(N, n, g):
-    """n of the numbers below N, distinct if n <= N; those of a smaller n are the first of them."""
+    """n of the numbers 0 to N - 1, distinct if n <= N.  A smaller n gives the first of the same."""
     if n > N:
         return torch.randint(N, (n,), generator=g)
     if N <= 100_000:
         return torch.randperm(N, generator=g)[:n]
-    drawn = {}                                             # in O(n); a dict keeps their order
+    drawn = {}                            # in O(n) for n far below N; a dict keeps their order
     while len(drawn) < n:
         drawn |= dict.fromkeys(torch.randint(N, (n,), generator=g).tolist())
     return torch.tensor(list(drawn)[:n])
@@ -548,7 +548,7 @@ NEVER_FREED = []    # freeing DDP hangs, if a thread of gloo waits just then to 
 
 
 def start_ranks():
-    """Joins torchrun's process group, if there is one."""
+    """Joins torchrun's process group, if there is one; the first rank alone prints."""
     if "RANK" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
@@ -1094,8 +1094,8 @@ examples:
   python train.py --data photos/ --size 64 --cond
   python train.py --loss sa --schedule ddpm --K 3
   torchrun --nproc-per-node 8 train.py --preset cifar10-edm-vp""")
-    p.add_argument("--preset", choices=PRESETS, metavar="NAME", help="mnist, or a paper's run: "
-                   f"{', '.join(list(PRESETS)[1:])}; options beside it override its own")
+    p.add_argument("--preset", choices=PRESETS, metavar="NAME", help="mnist or a paper's run, one "
+                   f"of {', '.join(PRESETS)}; options beside it override its own")
     p.add_argument("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or "
                    "with the newest run")
     for name, field in CHOSEN.items():

@@ -72,7 +72,7 @@ def main(paper, commands, argv=None):
 
 
 def options_but(*names):
-    """The names of train.py's options without these, which a command sets itself."""
+    """The names of train.py's options but for these, which a command sets or does not use."""
     return [name for name in train.CHOSEN if name not in names]
 
 

@@ -84,8 +84,8 @@ def variance(args):
     Theorem 2 is  V_STF <= (V_DSM + sqrt(3) d sigma^2 sqrt(D))/(n - 1) + O(1/n^2),  where D(sigma) =
     E_x D_f measures how far p(x0 | x) is from the data's law.  Phase 1 is here where p(x0 | x) has
     less than a tenth of the data's variance, phase 3 where more than nine tenths.  The data are
-    --num rows; but for two Gaussians V is that of their true law, whose D is infinite up to sigma =
-    sqrt(3) 0.14.  Half a minute.
+    --num rows; but for two Gaussians V is that of their true law.  The D of that law is infinite up
+    to sigma = sqrt(3) 0.14, so D is that of the rows.  Half a minute.
     """
     levels, n = torch.tensor(sorted(args.levels), dtype=torch.float64), args.n[-1]
     for name in args.data:
